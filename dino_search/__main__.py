@@ -1,0 +1,5 @@
+"""`python -m dino_search`, the same as `dino-search`."""
+
+from dino_search.cli import main
+
+main()

@@ -1,0 +1,51 @@
+"""The command line: which commands there are, and how their errors reach the user.
+
+Each command is a thin layer over `Collection`. Nothing here or in `dino_search.commands` imports torch, FAISS or
+the database at module level, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from dino_index.errors import DinoSearchError
+from dino_search.commands import demo, housekeeping, indexing, searching
+from dino_search.commands.output import complain
+
+# The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
+_QUIET_HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+
+app = typer.Typer(
+    name="dino-search",
+    help="Search your own pictures by image, find copies, classify. Everything runs on this machine.",
+    epilog="dino-search index ./photos",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for register in (indexing, searching, housekeeping, demo):
+    register.add_commands(app)
+
+
+def main() -> None:
+    """Runs one command. Exit 0 done, 1 expected failure, 2 wrong usage, 130 interrupted."""
+    for name, value in _QUIET_HUB.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except DinoSearchError as error:
+        complain(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        complain("interrupted; what was recorded before stays, and the same command goes on from there")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,359 @@
+"""`Collection`: everything that can be done with one collection, for Python and for the command line alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow
+from dino_index.catalog.portable_paths import decode_path, encode_path
+from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
+from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
+from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
+from dino_index.recording import is_below, remove_images
+from dino_search.home import default_home
+from dino_search.results import Classification, Classifications, SearchResult, SearchResults
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from dino_index.backbones import Backbone, Device
+    from dino_index.integrity import IntegrityReport
+    from dino_index.vector_index import VectorIndex
+
+    Picture = str | os.PathLike[str] | bytes | Image.Image
+
+StrPath = str | os.PathLike[str]
+
+
+class Collection:
+    """One named collection of a home folder. Not for several threads at once."""
+
+    def __init__(self, home: Path, name: str, model: ModelSpec | None = None, *, device: Device = "auto") -> None:
+        self.home = home
+        self.name = name
+        self._model = model
+        self._device = device
+        self._catalog: Catalog | None = None
+        self._backbone: Backbone | None = None
+        self._vectors: VectorIndex | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str = "default",
+        *,
+        home: StrPath | None = None,
+        model: str | Path | None = None,
+        pooling: Pooling = "normalised",
+        device: Device = "auto",
+    ) -> Collection:
+        """The collection of this name; it comes into being when something is indexed into it.
+
+        home: None for `DINO_SEARCH_HOME` or the platform's place for user data.
+        model: `bundled` or a safetensors file; None for the collection's own, `bundled` for a new one.
+        Raises ModelError.
+        """
+        spec = resolve_model(model, pooling=pooling) if model is not None else None
+        return cls(Path(home) if home is not None else default_home(), name, spec, device=device)
+
+    def __enter__(self) -> Collection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the database; the collection can be used again."""
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+
+    def index(
+        self,
+        paths: StrPath | Sequence[StrPath],
+        options: IndexOptions | None = None,
+        *,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> IndexSummary:
+        """Adds new and changed images under the paths, and skips unchanged ones.
+
+        Raises as `dino_index.indexing.index_paths` does.
+        """
+        if isinstance(paths, str | os.PathLike):
+            paths = [paths]
+        if self._catalog is None:
+            self._catalog = Catalog.open(self.home, create=True)
+        assert self._catalog is not None
+        return index_paths(
+            self._catalog,
+            self.name,
+            paths,
+            self._model,
+            lambda: resolve_model(BUNDLED),
+            replace(options or IndexOptions(), device=self._device),
+            on_progress=on_progress,
+            should_stop=should_stop,
+        )
+
+    def search(self, image: Picture, *, k: int = 10, min_score: float | None = None) -> SearchResults:
+        """The k images most like a picture: a path, an image file's bytes or a Pillow image.
+
+        min_score: leave out results with a lower cosine.
+        Raises CollectionNotFound, CollectionEmpty, ImageError, ModelError, CatalogError; ValueError for k < 1.
+        """
+        return self._search([image], k, labelled=False, min_score=min_score)[0]
+
+    def classify(
+        self, images: Picture | Sequence[Picture], *, k: int = 20, temperature: float = 0.07
+    ) -> Classifications:
+        """The label of each picture by weighted vote of its k nearest labelled images.
+
+        Raises NoLabels, and as `search` does.
+        """
+        from dino_index.knn import vote
+
+        pictures = [images] if isinstance(images, str | bytes | os.PathLike) else images
+        pictures = cast("Sequence[Picture]", pictures if isinstance(pictures, Sequence) else [pictures])
+        results = []
+        model = ""
+        for found in self._search(pictures, k, labelled=True):
+            labels = [result.label or "" for result in found.results]
+            ranked = vote([result.score for result in found.results], labels, temperature)
+            results.append(
+                Classification(
+                    query=found.query,
+                    label=ranked[0][0],
+                    probability=ranked[0][1],
+                    probabilities=dict(ranked),
+                    neighbours=found.results,
+                )
+            )
+            model = found.model
+        return Classifications(collection=self.name, model=model, k=k, temperature=temperature, results=results)
+
+    def model_name(self) -> str:
+        """Name of the model behind the collection's vectors. Raises CollectionNotFound."""
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            return find_collection(session, self.name).model_name
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the collection, as `info --json` prints them. Raises CollectionNotFound."""
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            counts = count_images(session, collection)
+            snapshot = session.get(SnapshotRow, collection.id)
+            labels = session.scalars(select(ImageRow.label).where(ImageRow.collection_id == collection.id).distinct())
+            return {
+                "collection": collection.name,
+                "images": counts["ok"],
+                "failed": counts["failed"],
+                "model": collection.model_name,
+                "fingerprint": collection.fingerprint,
+                "dim": collection.dim,
+                "input_size": collection.model_config["input_size"],
+                "pooling": collection.model_config["pooling"],
+                "index_type": snapshot.index_type if snapshot else "flat",
+                "images_in_snapshot": snapshot.num_vectors if snapshot else 0,
+                "labels": sum(label is not None for label in labels),
+                "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),
+                "home": str(self.home),
+            }
+
+    def failures(self) -> list[dict[str, str]]:
+        """The ledger: `path`, `code` and `message` of each file that could not be read."""
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            rows = session.execute(
+                select(SourceRow.path, ImageRow.path, ImageRow.error_code, ImageRow.error_message)
+                .join(SourceRow, SourceRow.id == ImageRow.source_id)
+                .where(ImageRow.collection_id == collection.id, ImageRow.status == "failed")
+                .order_by(SourceRow.path, ImageRow.path)
+            )
+            return [
+                {"path": _portable(source, name), "code": code or "", "message": message or ""}
+                for source, name, code, message in rows
+            ]
+
+    def verify(self, *, repair: bool = False) -> IntegrityReport:
+        """Checks database, embeddings and snapshot against each other. Raises CatalogError."""
+        from dino_index.integrity import verify_collection
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+
+        def reindex(paths: Sequence[str]) -> None:
+            if paths:
+                self.index(list(paths))
+
+        return verify_collection(catalog, collection, reindex=reindex if repair else None)
+
+    def compact(self) -> None:
+        """Writes a fresh snapshot and frees what nothing refers to. Raises CatalogError."""
+        from dino_index.integrity import compact_collection
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+        compact_collection(catalog, collection)
+
+    def remove(self, targets: Iterable[StrPath | int]) -> int:
+        """Drops images by id, by file or by folder from the collection, not from the disk; returns how many.
+
+        Raises SourceNotFound for a target that no image belongs to; nothing is removed then.
+        """
+        catalog = self._existing_catalog()
+        with catalog.writing() as session:
+            collection = find_collection(session, self.name)
+            known = self._paths_by_id(session, collection)
+            chosen: set[int] = set()
+            for target in targets:
+                if isinstance(target, int):
+                    matching = {target} & known.keys()
+                else:
+                    folder = os.path.abspath(os.fspath(target))
+                    matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
+                if not matching:
+                    raise SourceNotFound(
+                        f"expected an image id, file or folder of collection {self.name!r}, found no image for "
+                        f"{target!s}; nothing was removed"
+                    )
+                chosen |= matching
+            remove_images(session, collection, sorted(chosen))
+        return len(chosen)
+
+    def _search(
+        self, images: Sequence[Picture], k: int, *, labelled: bool, min_score: float | None = None
+    ) -> list[SearchResults]:
+        """Neighbours of each picture, all from one state of the collection."""
+        import numpy as np
+
+        from dino_index.vector_index import VectorIndex
+
+        if k < 1:
+            raise ValueError(f"k must be at least 1, found {k}")
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+        queries_QD = np.concatenate([self._embed_query(catalog, collection, image) for image in images])
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            if self._vectors is None or not self._vectors.is_current(session, collection):
+                self._vectors = VectorIndex.load(catalog, session, collection)
+            if not len(self._vectors):
+                raise CollectionEmpty(
+                    f"collection {self.name!r} has no readable image; run: dino-search index FOLDER-WITH-PICTURES"
+                )
+            allowed = _labelled_ids(session, collection) if labelled else None
+            return [
+                SearchResults(
+                    query=_name_of(image),
+                    collection=collection.name,
+                    model=collection.model_name,
+                    results=_results(session, ids, scores, min_score),
+                )
+                for image, (ids, scores) in zip(
+                    images, self._vectors.search(queries_QD, k, allowed_ids=allowed), strict=True
+                )
+            ]
+
+    def _embed_query(self, catalog: Catalog, collection: CollectionInfo, image: Picture) -> NDArray[np.float32]:
+        """Unit vector (1, D) of a picture: of the catalog where the very bytes are known, else a forward pass."""
+        from dino_index.images import decode, load_image, read_file
+        from dino_index.snapshots import normalise, stored_vector
+
+        try:
+            if isinstance(image, str | os.PathLike):
+                content = read_file(image)
+                with catalog.reading() as session:
+                    if (vector := stored_vector(session, collection, content.sha256)) is not None:
+                        return normalise(vector)
+                image = content.data
+            backbone = self._loaded_backbone(collection)
+            size = (backbone.spec.input_size, backbone.spec.input_size)
+            picture = decode(image, size=size) if isinstance(image, bytes) else load_image(image, size=size)
+        except ImageError as error:
+            raise ImageError(error.reason, f"the query {_name_of(image)} cannot be used: {error}") from error
+        return normalise(backbone.embed(picture.pixels_HWC[None])[0])
+
+    def _loaded_backbone(self, collection: CollectionInfo) -> Backbone:
+        from dino_index.backbones import Backbone
+
+        if self._backbone is None or self._backbone.spec.fingerprint != collection.fingerprint:
+            self._backbone = Backbone(model_of(collection), device=self._device)
+        return self._backbone
+
+    def _existing_catalog(self) -> Catalog:
+        if self._catalog is None:
+            self._catalog = Catalog.open(self.home)
+        if self._catalog is None:
+            raise CollectionNotFound(
+                f"nothing has been indexed yet under {self.home}; run: dino-search index FOLDER-WITH-PICTURES"
+            )
+        return self._catalog
+
+    def _paths_by_id(self, session: Session, collection: CollectionInfo) -> Mapping[int, str]:
+        sources = source_paths(session, collection)
+        rows = session.execute(
+            select(ImageRow.id, ImageRow.source_id, ImageRow.path).where(ImageRow.collection_id == collection.id)
+        )
+        return {image_id: join_path(sources[source_id], name) for image_id, source_id, name in rows}
+
+
+def _labelled_ids(session: Session, collection: CollectionInfo) -> NDArray[np.int64]:
+    import numpy as np
+
+    rows = session.scalars(
+        select(ImageRow.id).where(
+            ImageRow.collection_id == collection.id, ImageRow.status == "ok", ImageRow.label.is_not(None)
+        )
+    ).all()
+    if not rows:
+        raise NoLabels(
+            f"no image of collection {collection.name!r} has a label; run index again with --labels folders "
+            "or --labels FILE.csv"
+        )
+    return np.array(rows, np.int64)
+
+
+def _results(
+    session: Session, ids: NDArray[np.int64], scores: NDArray[np.float32], min_score: float | None
+) -> list[SearchResult]:
+    rows = session.execute(
+        select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
+        .join(SourceRow, SourceRow.id == ImageRow.source_id)
+        .where(ImageRow.id.in_(ids.tolist()))
+    )
+    facts = {image_id: (_portable(source, name), label) for image_id, source, name, label in rows}
+    return [
+        SearchResult(
+            rank=rank, image_id=image_id, path=facts[image_id][0], score=round(score, 6), label=facts[image_id][1]
+        )
+        for rank, (image_id, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), 1)
+        if min_score is None or score >= min_score
+    ]
+
+
+def _portable(source: str, name: str) -> str:
+    return encode_path(join_path(decode_path(source), name))
+
+
+def _name_of(image: Any) -> str:
+    return encode_path(os.path.abspath(image)) if isinstance(image, str | os.PathLike) else "picture"

@@ -1,0 +1,96 @@
+"""`dino-search info`, `verify`, `compact` and `remove`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dino_search.commands.output import (
+    CollectionOption,
+    HomeOption,
+    JsonOption,
+    print_json,
+    print_line,
+    tell,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command(epilog="dino-search info --failures")(info)
+    app.command(epilog="dino-search verify --repair")(verify)
+    app.command(epilog="dino-search compact")(compact)
+    app.command(epilog="dino-search remove ./photos/private")(remove)
+
+
+def info(
+    collection: CollectionOption = "default",
+    home: HomeOption = None,
+    failures: Annotated[bool, typer.Option("--failures", help="List the files that could not be read.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a collection."""
+    from dino_search.collection import Collection
+
+    with Collection.open(collection, home=home) as opened:
+        facts = opened.info()
+        ledger = opened.failures() if failures else []
+    if as_json:
+        print_json(facts | {"failures": ledger} if failures else facts)
+    elif failures:
+        for failure in ledger:
+            print_line(f"{failure['code']}\t{failure['path']}\t{failure['message']}")
+    else:
+        for key, value in facts.items():
+            print_line(f"{key + ':':<20}{', '.join(value) if isinstance(value, list) else value}")
+
+
+def verify(
+    collection: CollectionOption = "default",
+    home: HomeOption = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Put right what can be.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that database, embeddings and index agree; exit 1 if something stays wrong."""
+    from dino_search.collection import Collection
+
+    with Collection.open(collection, home=home) as opened:
+        report = opened.verify(repair=repair)
+    if as_json:
+        print_json({"images": report.images_checked, "problems": report.problems, "repaired": report.repaired})
+    else:
+        for problem in report.repaired:
+            print_line(f"repaired\t{problem}")
+        for problem in report.problems:
+            print_line(f"problem\t{problem}")
+        print_line(f"{report.images_checked} images checked, {len(report.problems)} problems")
+        if report.problems and not repair:
+            tell("to put right what can be: dino-search verify --repair")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def compact(collection: CollectionOption = "default", home: HomeOption = None) -> None:
+    """Write a fresh index file and give unused space back."""
+    from dino_search.collection import Collection
+
+    with Collection.open(collection, home=home) as opened:
+        opened.compact()
+        facts = opened.info()
+    print_line(f"{facts['images_in_snapshot']} images in the index file of '{collection}'")
+
+
+def remove(
+    targets: Annotated[list[str], typer.Argument(metavar="PATH|ID...", help="Image files, folders or image ids.")],
+    collection: CollectionOption = "default",
+    home: HomeOption = None,
+) -> None:
+    """Drop images from the collection; the files stay where they are."""
+    from dino_search.collection import Collection
+
+    with Collection.open(collection, home=home) as opened:
+        num_removed = opened.remove(
+            int(target) if target.isascii() and target.isdigit() else target for target in targets
+        )
+    print_line(f"{num_removed} images removed from '{collection}'")
+    tell("the next index of their folder adds them again, unless --exclude leaves them out")

@@ -1,0 +1,170 @@
+"""`dino-search index`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dino_index.model_files import BUNDLED_VERSION
+from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, complain, print_json, print_line, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dino_index.indexing import IndexSummary, Progress
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command(epilog="dino-search index ./photos")(index)
+
+
+def index(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders or image files.")],
+    collection: CollectionOption = "default",
+    home: HomeOption = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave out files and folders that match; repeatable.")
+    ] = None,
+    rehash: Annotated[bool, typer.Option(help="Compare contents, not size and time of change.")] = False,
+    prune: Annotated[bool, typer.Option(help="Drop images under PATH whose file is gone.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Prune even if more than 20 % would go.")] = False,
+    labels: Annotated[
+        str | None, typer.Option(metavar="folders|FILE.csv", help="Label images by folder, or from a CSV file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="'bundled' or a safetensors file.", show_default="the collection's"),
+    ] = None,
+    pooling: Annotated[str, typer.Option(metavar="normalised|reference", help="GeM pooling.")] = "normalised",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode; 0: one a processor.")] = 0,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_PIXELS", help="Refuse larger pictures.")
+    ] = 200_000_000,
+    max_bytes: Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_BYTES", help="Refuse larger files.")] = 256
+    * 1024
+    * 1024,
+    as_json: JsonOption = False,
+) -> None:
+    """Add new and changed images, skip unchanged ones."""
+    _require_choice("--device", device, ("auto", "cpu", "cuda"))
+    _require_choice("--pooling", pooling, ("normalised", "reference"))
+    from dino_index.embedding import EmbeddingSettings
+    from dino_index.image_bytes import ReadLimits
+    from dino_index.indexing import IndexOptions
+    from dino_search.collection import Collection
+
+    options = IndexOptions(
+        exclude=exclude or (),
+        rehash=rehash,
+        prune=prune,
+        prune_any=yes,
+        labels=labels,
+        embedding=EmbeddingSettings(
+            batch_size=batch_size,
+            workers=workers,
+            limits=ReadLimits(max_pixels=max_pixels, max_bytes=max_bytes),
+        ),
+    )
+    opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
+    with opened, _stopping_on_signals() as signals, _progress_bar() as show:
+        summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        _print_summary(summary, collection, opened.model_name())
+    if summary.interrupted:
+        tell(f"stopped with {summary.remaining} files to go; the same command goes on from there")
+        raise typer.Exit(128 + signals[0])
+    if not summary.readable and not summary.removed:
+        complain("no image under the given paths could be read; see: dino-search info --failures")
+        raise typer.Exit(1)
+
+
+def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"expected one of {', '.join(choices)}, found {value!r}", param_hint=option)
+
+
+def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
+    print_line(
+        f"{summary.added} added, {summary.updated} updated, {summary.skipped} unchanged, "
+        f"{summary.removed} removed, {summary.failed} failed, {summary.ignored} ignored"
+    )
+    print_line(f"{summary.images} images in collection '{collection}' ({model})")
+    if summary.added or summary.updated:
+        tell(f"{summary.images_per_second} images/s")
+    if model == BUNDLED_VERSION:
+        tell(f"{model} is small and ships with dino-search; use a larger backbone of yours with --model FILE -c NAME")
+    if summary.moved:
+        tell(f"{summary.moved} of the updated ones were found again under another path")
+    if summary.failed:
+        tell(f"{summary.failed} files could not be read; list them: dino-search info --failures")
+    _tell_counts("ignored, as they are no images", summary.ignored_by_type)
+    _tell_counts("folders skipped", summary.skipped_folders)
+    _tell_counts("files skipped", summary.skipped_files)
+    if summary.unmatched_labels:
+        tell(f"{summary.unmatched_labels} rows of the label file name no image that was found")
+
+
+def _tell_counts(what: str, counts: Mapping[str, int]) -> None:
+    if counts:
+        tell(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[list[int]]:
+    """Signals that have asked the run to stop; a second one stops it at once."""
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        tell("stopping after this batch; once more to stop at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar with images/s and time left on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("indexing"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s"), TimeRemainingColumn(), TextColumn("{task.fields[failed]}"),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, rate="-", failed="")
+
+        def show(progress: Progress) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(
+                task,
+                completed=progress.done,
+                total=progress.total,
+                rate=f"{speed:.0f}" if speed else "-",
+                failed=f"{progress.failed} failed" if progress.failed else "",
+            )
+
+        yield show

@@ -1,0 +1,60 @@
+"""What commands share: their common options, and writing to people and to machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dino_index.errors import OutputExists
+
+CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", envvar="DINO_SEARCH_HOME", help="Folder of catalog and indexes.", show_default="user data folder"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=not _can_print_unicode()))
+
+
+def print_line(text: str) -> None:
+    """One line on stdout; characters that would break the line or the terminal are shown escaped."""
+    print(printable(text))
+
+
+def tell(text: str) -> None:
+    """A remark for people, on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+def complain(text: str) -> None:
+    """An error for people: one line on stderr."""
+    tell(f"error: {text}")
+
+
+def printable(text: str) -> str:
+    """The text in one line that any terminal can show."""
+    escaped = "".join(
+        character if character.isprintable() or character == "\t" else ascii(character)[1:-1] for character in text
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises OutputExists."""
+    if path.exists() and not force:
+        raise OutputExists(f"{path} exists already; choose another name or add --force to overwrite it")
+
+
+def _can_print_unicode() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"

@@ -1,0 +1,46 @@
+"""Contact sheets: one HTML file that shows queries beside what was found, with the thumbnails inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from dino_index.catalog.portable_paths import decode_path
+from dino_index.errors import ImageError
+from dino_index.images import load_image
+from dino_search.results import SearchResults
+
+_THUMBNAIL_SIDE = 240
+
+
+def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], note: str = "") -> None:
+    """Writes the sheet, whole or not at all. Pictures that cannot be read any more are shown by name only."""
+    environment = Environment(loader=PackageLoader("dino_search"), autoescape=select_autoescape(default=True))
+    page = environment.get_template("contact_sheet.html.j2").render(
+        title=title, note=note, found=found, thumbnail=_thumbnail, name=lambda place: Path(place).name
+    )
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _thumbnail(portable_path: str) -> str | None:
+    """A data URI of the picture, upright and without any metadata of the original; None if it cannot be read."""
+    try:
+        picture = Image.fromarray(load_image(decode_path(portable_path)).pixels_HWC)
+    except ImageError:
+        return None
+    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,99 @@
+"""The demonstration: real photographs, edited copies of them, and what the product makes of both."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage
+from PIL import Image
+
+from dino_index.edits import apply_edits
+from dino_index.images import load_image
+from dino_index.indexing import IndexOptions, IndexSummary
+from dino_search.collection import Collection
+from dino_search.contact_sheet import write_contact_sheet
+
+# Photographs that come with scikit-image, by file name without ending.
+PHOTOGRAPHS = (
+    "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
+    "hubble_deep_field", "ihc", "moon", "motorcycle_left", "page", "retina", "rocket", "text",
+)  # fmt: skip
+# Each photograph is indexed with copies edited in these ways ...
+INDEXED_EDITS = ("crop", "grey", "blur", "rotate_small")
+# ... and searched for with copies edited in other ways.
+QUERY_EDITS = (("reencode", "resize"), ("colour", "caption"), ("crop", "noise"), ("overlay",))
+
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """What the demonstration did and how well it went."""
+
+    summary: IndexSummary
+    num_queries: int
+    num_found: int
+    """Queries whose nearest image comes from the same photograph."""
+    num_classified: int
+    """Queries that got the right photograph as their label."""
+    example_query: Path
+    contact_sheet: Path
+
+
+def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
+    """Writes photographs and queries below `folder`, indexes, searches, classifies, and writes a contact sheet.
+
+    Raises as `Collection.index`, `search` and `classify` do.
+    """
+    rng = np.random.default_rng(_SEED)
+    photos, queries = folder / "photos", folder / "queries"
+    query_paths: list[Path] = []
+    for name in PHOTOGRAPHS:
+        photograph = _photograph(name)
+        _write(photos / name / f"{name}.jpg", photograph)
+        for kind in INDEXED_EDITS:
+            _write(photos / name / f"{name}-{kind}.jpg", apply_edits(photograph, [kind], rng))
+        for edits in QUERY_EDITS:
+            query_paths.append(queries / f"{name}-{'-'.join(edits)}.jpg")
+            _write(query_paths[-1], apply_edits(photograph, edits, rng))
+    summary = collection.index(photos, IndexOptions(labels="folders"))
+    searches = [collection.search(path, k=5) for path in query_paths]
+    classified = collection.classify([str(path) for path in query_paths], k=5)
+    truth = [path.name.split("-")[0] for path in query_paths]
+    num_found = sum(found.results[0].label == name for found, name in zip(searches, truth, strict=True))
+    sheet = folder / "contact-sheet.html"
+    write_contact_sheet(
+        sheet,
+        "dino-search demonstration",
+        searches,
+        f"Each row: an edited copy, and the images nearest to it. The nearest is of the same photograph for "
+        f"{num_found} of {len(searches)} queries.",
+    )
+    return Demonstration(
+        summary=summary,
+        num_queries=len(searches),
+        num_found=num_found,
+        num_classified=sum(result.label == name for result, name in zip(classified.results, truth, strict=True)),
+        example_query=query_paths[0],
+        contact_sheet=sheet,
+    )
+
+
+def _photograph(name: str) -> Image.Image:
+    folder = Path(skimage.__file__).parent / "data"
+    path = next(path for ending in (".png", ".jpg") if (path := folder / f"{name}{ending}").is_file())
+    return Image.fromarray(load_image(path).pixels_HWC)
+
+
+def _write(path: Path, image: Image.Image) -> None:
+    """Writes a JPEG unless this very file is there: a second run then finds everything unchanged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    image.save(partial, "JPEG", quality=90)
+    if path.is_file() and path.read_bytes() == partial.read_bytes():
+        partial.unlink()
+    else:
+        os.replace(partial, path)

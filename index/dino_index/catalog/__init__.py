@@ -1,0 +1,26 @@
+"""The catalog: the SQL database that is the single source of truth about collections and their images."""
+
+from dino_index.catalog.database import Catalog, storage_errors
+from dino_index.catalog.schema import (
+    Base,
+    CollectionRow,
+    EmbeddingRow,
+    ImageRow,
+    ModelRow,
+    RemovalRow,
+    SnapshotRow,
+    SourceRow,
+)
+
+__all__ = [
+    "Base",
+    "Catalog",
+    "CollectionRow",
+    "EmbeddingRow",
+    "ImageRow",
+    "ModelRow",
+    "RemovalRow",
+    "SnapshotRow",
+    "SourceRow",
+    "storage_errors",
+]

@@ -1,0 +1,124 @@
+"""Tables of the catalog. A change here needs a migration (see index/README.md) and a new `SCHEMA_REVISION`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import UniqueConstraint as Unique
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA_REVISION = "0001"
+
+# SQLite numbers only INTEGER keys by itself; it stores 64 bits in either case.
+BigId = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, datetime: DateTime(timezone=True)}
+
+
+class ModelRow(Base):
+    """A backbone that has embedded something, known by its fingerprint."""
+
+    __tablename__ = "model"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), unique=True)
+    name: Mapped[str] = mapped_column(Text)
+    dim: Mapped[int]
+    config: Mapped[dict[str, Any]]
+
+
+class CollectionRow(Base):
+    """A named set of images under one model."""
+
+    __tablename__ = "collection"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    generation: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Grows by one with every transaction that changes which vectors can be found."""
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class SourceRow(Base):
+    """A root folder that images were found under; `path` is absolute, in the portable encoding."""
+
+    __tablename__ = "source"
+    __table_args__ = (Unique("collection_id", "path"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"))
+    path: Mapped[str] = mapped_column(Text)
+
+
+class ImageRow(Base):
+    """One file: either readable (`ok`, with an embedding of its bytes) or `failed` with the reason."""
+
+    __tablename__ = "image"
+    __table_args__ = (
+        Unique("source_id", "path"),
+        Index("ix_image_sha256", "sha256"),
+        Index("ix_image_generation", "collection_id", "generation"),
+        # Identifiers are promised never to be used again, which SQLite keeps only when told.
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"))
+    source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    path: Mapped[str] = mapped_column(Text)
+    """Relative to the source, `/` between parts, in the portable encoding."""
+    sha256: Mapped[bytes | None] = mapped_column(LargeBinary(32))
+    size: Mapped[int] = mapped_column(BigInteger)
+    mtime_ns: Mapped[int] = mapped_column(BigInteger)
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    label: Mapped[str | None] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(8))
+    error_code: Mapped[str | None] = mapped_column(String(32))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    generation: Mapped[int] = mapped_column(BigInteger)
+    """The collection's generation in which this image got the vector that it has."""
+    added_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class EmbeddingRow(Base):
+    """One raw float16 vector of some bytes under some model; shared by all images with these bytes."""
+
+    __tablename__ = "embedding"
+
+    sha256: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(8), primary_key=True)
+    """`cls` or `gem`."""
+    region: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """`full`: the whole picture."""
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class RemovalRow(Base):
+    """An image that left a collection after its snapshot was written; forgotten once a snapshot is newer."""
+
+    __tablename__ = "removal"
+
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
+    image_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    generation: Mapped[int] = mapped_column(BigInteger)
+
+
+class SnapshotRow(Base):
+    """The FAISS file that holds a collection's vectors as of one generation."""
+
+    __tablename__ = "snapshot"
+
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
+    file_name: Mapped[str] = mapped_column(Text)
+    generation: Mapped[int] = mapped_column(BigInteger)
+    index_type: Mapped[str] = mapped_column(Text)
+    num_vectors: Mapped[int] = mapped_column(BigInteger)
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[bytes] = mapped_column(LargeBinary(32))

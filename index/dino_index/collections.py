@@ -1,0 +1,136 @@
+"""Collections as the catalog has them: finding, creating, counting, and the files' full paths."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SourceRow
+from dino_index.catalog.portable_paths import decode_path, encode_path
+from dino_index.errors import CollectionError, CollectionNotFound, FingerprintMismatch, ModelNotFound
+from dino_index.model_files import BUNDLED_VERSION, ModelSpec, resolve_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionInfo:
+    """What stays the same about a collection, detached from any session."""
+
+    id: int
+    name: str
+    model_id: int
+    model_name: str
+    model_config: dict[str, Any]
+    fingerprint: str
+    dim: int
+
+
+def find_collection(session: Session, name: str) -> CollectionInfo:
+    """The collection of this name. Raises CollectionNotFound with the names that exist."""
+    row = session.execute(
+        select(CollectionRow, ModelRow)
+        .join(ModelRow, ModelRow.id == CollectionRow.model_id)
+        .where(CollectionRow.name == name)
+    ).one_or_none()
+    if row is None:
+        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
+        found = f"found {', '.join(names)}" if names else "nothing has been indexed yet"
+        raise CollectionNotFound(f"no collection {name!r}: {found}; run: dino-search index PATH{_option(name)}")
+    collection, model = row
+    return CollectionInfo(
+        id=collection.id, name=collection.name, model_id=model.id, model_name=model.name,
+        model_config=model.config, fingerprint=model.fingerprint, dim=model.dim,
+    )  # fmt: skip
+
+
+def create_collection(session: Session, name: str, spec: ModelSpec, dim: int) -> CollectionInfo:
+    """The collection of this name, made with this model if another process has not just made it.
+
+    Raises CollectionError (a name that cannot be used), FingerprintMismatch.
+    """
+    if not name or len(name) > 255 or not name.isprintable():
+        raise CollectionError(f"a collection's name has 1 to 255 printable characters, found {name!r}")
+    if session.scalar(select(CollectionRow.id).where(CollectionRow.name == name)) is None:
+        model_id = session.scalar(select(ModelRow.id).where(ModelRow.fingerprint == spec.fingerprint))
+        if model_id is None:
+            model = ModelRow(fingerprint=spec.fingerprint, name=spec.name, dim=dim, config=spec.config())
+            session.add(model)
+            session.flush()
+            model_id = model.id
+        session.add(CollectionRow(name=name, model_id=model_id))
+        session.flush()
+    collection = find_collection(session, name)
+    require_same_model(collection, spec)
+    return collection
+
+
+def require_same_model(collection: CollectionInfo, spec: ModelSpec) -> None:
+    """Raises FingerprintMismatch when the collection's vectors come from another model than this."""
+    if collection.fingerprint != spec.fingerprint:
+        raise FingerprintMismatch(
+            f"collection {collection.name!r} was built with {collection.model_name} "
+            f"({collection.fingerprint[:12]}), not with {spec.name} ({spec.fingerprint[:12]}), and their vectors "
+            f"cannot be compared; leave out --model, or index into another collection: "
+            f"dino-search index PATH -c NAME --model {spec.name}"
+        )
+
+
+def model_of(collection: CollectionInfo) -> ModelSpec:
+    """The spec of the model that a collection was built with. Raises ModelNotFound, FingerprintMismatch."""
+    config = collection.model_config
+    if collection.model_name == BUNDLED_VERSION:
+        spec = resolve_model(collection.model_name, pooling=config["pooling"])
+    elif not Path(config["weights_path"]).is_file():
+        raise ModelNotFound(
+            f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; "
+            "put it back, or run: dino-search index PATH --model FILE with the same weights elsewhere"
+        )
+    else:
+        spec = ModelSpec.from_config(collection.model_name, config)
+    require_same_model(collection, spec)
+    return spec
+
+
+def generation_of(session: Session, collection: CollectionInfo) -> int:
+    """The collection's generation as this session sees it."""
+    return session.scalars(select(CollectionRow.generation).where(CollectionRow.id == collection.id)).one()
+
+
+def advance_generation(session: Session, collection: CollectionInfo) -> int:
+    """The next generation, for the rows that this transaction changes."""
+    row = session.get_one(CollectionRow, collection.id)
+    row.generation += 1
+    return row.generation
+
+
+def count_images(session: Session, collection: CollectionInfo) -> dict[str, int]:
+    """Number of images by status: `{"ok": …, "failed": …}`."""
+    rows = session.execute(
+        select(ImageRow.status, func.count()).where(ImageRow.collection_id == collection.id)
+        .group_by(ImageRow.status)
+    )  # fmt: skip
+    return {"ok": 0, "failed": 0} | dict(rows.tuples().all())
+
+
+def source_paths(session: Session, collection: CollectionInfo) -> dict[int, str]:
+    """The folder of each of the collection's sources, by source id, as the operating system names it."""
+    rows = session.execute(select(SourceRow.id, SourceRow.path).where(SourceRow.collection_id == collection.id))
+    return {source_id: decode_path(path) for source_id, path in rows}
+
+
+def join_path(source_path: str, portable_relative: str) -> str:
+    """The absolute path of an image row, as the operating system names it."""
+    return os.path.join(source_path, *decode_path(portable_relative).split("/"))
+
+
+def relative_path(path: str, source_path: str) -> str:
+    """The portable path of a file below its source, as an image row stores it."""
+    return encode_path(os.path.relpath(path, source_path).replace(os.sep, "/"))
+
+
+def _option(name: str) -> str:
+    return "" if name == "default" else f" -c {name}"

@@ -1,0 +1,192 @@
+"""From files to vectors: decode workers feed one forward loop through a bounded window.
+
+Only a fixed number of pictures is ever in memory, however large the collection is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_index.errors import ImageError
+from dino_index.image_bytes import DEFAULT_LIMITS, ReadLimits, read_file
+from dino_index.image_files import ListedFile
+from dino_index.images import decode
+
+if TYPE_CHECKING:
+    from dino_index.backbones import Backbone
+
+# Threads that decode yield the processor to the threads of the forward pass, which wait for each other.
+_DECODER_NICENESS = 19
+_FIRST_BATCH_SIZE = 16
+# Files that need no forward pass are recorded in larger transactions, but not without end.
+_MAX_BATCHES_WITHOUT_FORWARD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A file as it was read: raw sha256 of its bytes, size in bytes, and the whole picture's size in pixels."""
+
+    sha256: bytes
+    size: int
+    mtime_ns: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedFile:
+    """A file whose bytes have vectors: new ones, or None where they are in the catalog already."""
+
+    file: ListedFile
+    facts: FileFacts
+    cls_D: NDArray[np.float16] | None
+    gem_D: NDArray[np.float16] | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFile:
+    """A file that could not be used, and why."""
+
+    file: ListedFile
+    error: ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    file: ListedFile
+    facts: FileFacts
+    pixels_HWC: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSettings:
+    """How files are embedded; no setting changes a vector."""
+
+    batch_size: int = 0
+    """Pictures in one forward pass; 0 takes what suits the device."""
+    workers: int = 0
+    """Threads that read and decode; 0 takes one for each processor that this process may use."""
+    limits: ReadLimits = DEFAULT_LIMITS
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size must be 0 or more, found {self.batch_size}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, found {self.workers}")
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or num_processors()
+
+
+def num_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def embed_files(
+    files: Iterable[ListedFile],
+    load_backbone: Callable[[], Backbone],
+    input_size: int,
+    find_embedded: Callable[[bytes], tuple[int, int] | None],
+    settings: EmbeddingSettings,
+) -> Generator[list[EmbeddedFile | FailedFile]]:
+    """Outcomes of all files, in order, a batch at a time.
+
+    load_backbone: called once, when the first picture needs a forward pass.
+    find_embedded: (width, height) of bytes whose vectors are known, by sha256; called from several threads.
+    """
+    backbone: Backbone | None = None
+    batch: list[_Decoded | FailedFile] = []
+    new: set[bytes] = set()
+
+    def batch_size() -> int:
+        return settings.batch_size or (backbone.batch_size if backbone else _FIRST_BATCH_SIZE)
+
+    def load(file: ListedFile) -> _Decoded | FailedFile:
+        return _load(file, input_size, find_embedded, settings.limits)
+
+    for outcome in _in_order(load, files, settings.num_workers, lambda: 2 * batch_size()):
+        batch.append(outcome)
+        if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
+            new.add(outcome.facts.sha256)
+            # The model loads while the workers decode ahead.
+            backbone = backbone or load_backbone()
+        if len(new) >= batch_size() or len(batch) >= _MAX_BATCHES_WITHOUT_FORWARD * batch_size():
+            yield _embed(batch, backbone)
+            batch, new = [], set()
+    if batch:
+        yield _embed(batch, backbone)
+
+
+def _embed(batch: list[_Decoded | FailedFile], backbone: Backbone | None) -> list[EmbeddedFile | FailedFile]:
+    """One forward pass over the distinct new pictures of a batch; copies share its result."""
+    pixels = {
+        item.facts.sha256: item.pixels_HWC
+        for item in batch
+        if isinstance(item, _Decoded) and item.pixels_HWC is not None
+    }
+    vectors: dict[bytes, tuple[NDArray[np.float16], NDArray[np.float16]]] = {}
+    if pixels:
+        assert backbone is not None
+        cls_BD, gem_BD = backbone.embed(np.stack(list(pixels.values())))
+        vectors = dict(zip(pixels, zip(cls_BD, gem_BD, strict=True), strict=True))
+    return [
+        item if isinstance(item, FailedFile)
+        else EmbeddedFile(item.file, item.facts, *vectors.get(item.facts.sha256, (None, None)))
+        for item in batch
+    ]  # fmt: skip
+
+
+def _load(
+    file: ListedFile,
+    input_size: int,
+    find_embedded: Callable[[bytes], tuple[int, int] | None],
+    limits: ReadLimits,
+) -> _Decoded | FailedFile:
+    try:
+        content = read_file(file.path, limits)
+        known = find_embedded(content.sha256)
+        if known is not None:
+            return _Decoded(file, FileFacts(content.sha256, content.size, content.mtime_ns, *known), None)
+        picture = decode(content.data, size=(input_size, input_size), limits=limits)
+    except ImageError as error:
+        return FailedFile(file, error)
+    facts = FileFacts(content.sha256, content.size, content.mtime_ns, picture.width, picture.height)
+    return _Decoded(file, facts, picture.pixels_HWC)
+
+
+def _in_order(
+    load: Callable[[ListedFile], _Decoded | FailedFile],
+    files: Iterable[ListedFile],
+    num_workers: int,
+    ahead: Callable[[], int],
+) -> Iterator[_Decoded | FailedFile]:
+    """`load` of each file by worker threads, in the files' order, and so many files ahead of the caller."""
+    pending: deque[Future[_Decoded | FailedFile]] = deque()
+    workers = ThreadPoolExecutor(num_workers, "decode", initializer=_lower_priority)
+    try:
+        for file in files:
+            pending.append(workers.submit(load, file))
+            while len(pending) >= ahead() + num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _lower_priority() -> None:
+    # On Linux a thread has a priority of its own; elsewhere this would slow the whole process.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)

@@ -1,0 +1,149 @@
+"""Every error that this project raises on purpose.
+
+DinoSearchError
+├── ImageError              one file that cannot be used as an image; `code` goes into the ledger
+├── ModelError
+│   ├── ModelNotFound       neither a bundled name nor a file
+│   ├── ArchitectureUnknown a weights file that does not say which architecture it is for
+│   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
+│   └── FingerprintMismatch the collection was built with another model
+├── CatalogError
+│   ├── CatalogUnavailable  the home cannot be read, created or written
+│   ├── CatalogTooNew       written by a newer version of this program
+│   └── StorageFull         no space left on the device; the earlier state is intact
+├── CollectionError
+│   ├── CollectionNotFound  nothing has been indexed under this name
+│   ├── CollectionEmpty     a collection without one readable image
+│   └── NoLabels            classification without labelled images
+├── SourceError
+│   ├── SourceNotFound      a given path does not exist or cannot be listed
+│   ├── NoImagesFound       nothing under the given paths could be read as an image
+│   └── PruneRefused        pruning would drop more than looks intended
+├── LabelFileError          a label file that cannot be read or lacks its columns
+└── OutputExists            a file that would be overwritten without --force
+
+Each message says what was expected, what was found and what to do; each class has a stable `code`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DinoSearchError(Exception):
+    """Root of all expected failures: one line for a person, a stable `code` for a machine."""
+
+    code: ClassVar[str] = "error"
+
+
+class ImageError(DinoSearchError):
+    """One file or upload that cannot be used as an image.
+
+    reason: one of the keys of `REASONS`; stored in the ledger beside the message.
+    """
+
+    code = "image"
+
+    REASONS: ClassVar[dict[str, str]] = {
+        "empty": "the file holds no bytes",
+        "too_large": "the file has more bytes than the limit",
+        "too_many_pixels": "the picture has more pixels than the limit",
+        "not_an_image": "the content is no image format that can be read",
+        "truncated": "the file ends before the picture does",
+        "corrupt": "the image data contradicts itself",
+        "unsupported": "a valid image in a variant that cannot be read",
+        "permission": "the operating system refuses to open the file",
+        "unreadable": "the storage returned an error while reading",
+        "vanished": "the file was listed and then gone",
+        "broken_link": "a symbolic link whose target does not exist",
+        "not_a_file": "a pipe, socket or device, not a regular file",
+    }
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in self.REASONS, reason
+        super().__init__(message)
+        self.reason = reason
+
+
+class ModelError(DinoSearchError):
+    """A backbone that cannot be used."""
+
+    code = "model"
+
+
+class ModelNotFound(ModelError):
+    code = "model_not_found"
+
+
+class ArchitectureUnknown(ModelError):
+    code = "architecture_unknown"
+
+
+class WeightsMismatch(ModelError):
+    code = "weights_mismatch"
+
+
+class FingerprintMismatch(ModelError):
+    code = "fingerprint_mismatch"
+
+
+class CatalogError(DinoSearchError):
+    """The database under the home folder cannot be used."""
+
+    code = "catalog"
+
+
+class CatalogUnavailable(CatalogError):
+    code = "catalog_unavailable"
+
+
+class CatalogTooNew(CatalogError):
+    code = "catalog_too_new"
+
+
+class StorageFull(CatalogError):
+    code = "storage_full"
+
+
+class CollectionError(DinoSearchError):
+    """A collection that cannot answer."""
+
+    code = "collection"
+
+
+class CollectionNotFound(CollectionError):
+    code = "collection_not_found"
+
+
+class CollectionEmpty(CollectionError):
+    code = "collection_empty"
+
+
+class NoLabels(CollectionError):
+    code = "no_labels"
+
+
+class SourceError(DinoSearchError):
+    """The given paths cannot be indexed as asked."""
+
+    code = "source"
+
+
+class SourceNotFound(SourceError):
+    code = "source_not_found"
+
+
+class NoImagesFound(SourceError):
+    code = "no_images_found"
+
+
+class PruneRefused(SourceError):
+    code = "prune_refused"
+
+
+class LabelFileError(DinoSearchError):
+    code = "label_file"
+
+
+class OutputExists(DinoSearchError):
+    code = "output_exists"

@@ -1,0 +1,177 @@
+"""Checking that a collection is whole, repairing what can be, and keeping the home small.
+
+Catalog and vectors are written together, so faults come from outside: damaged disks, deleted files, other programs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from sqlalchemy import delete, exists, select
+from sqlalchemy.orm import Session
+
+from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
+from dino_index.catalog.portable_paths import decode_path
+from dino_index.collections import CollectionInfo, advance_generation, generation_of, join_path
+from dino_index.recording import forget_vector
+from dino_index.snapshots import (
+    SnapshotDamaged,
+    read_snapshot,
+    snapshot_ids,
+    snapshot_is_intact,
+    write_snapshot,
+)
+
+_ROWS_PER_FETCH = 8192
+
+
+@dataclass(kw_only=True)
+class IntegrityReport:
+    """What `verify` found. `problems` stay; `repaired` were put right in this run."""
+
+    images_checked: int = 0
+    problems: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+
+def verify_collection(
+    catalog: Catalog,
+    collection: CollectionInfo,
+    *,
+    reindex: Callable[[Sequence[str]], object] | None = None,
+) -> IntegrityReport:
+    """Compares database, embeddings and snapshot with each other.
+
+    reindex: given to repair; reads files anew, by absolute path, after their faulty embeddings were deleted.
+    Raises CatalogErrors.
+    """
+    report = IntegrityReport()
+    report.problems += [f"the database file: {problem}" for problem in catalog.integrity_problems()]
+    faulty = _faulty_images(catalog, collection, report)
+    if faulty and reindex:
+        _discard(catalog, collection, list(faulty))
+        _give_up_on_lost_files(catalog, collection, faulty)
+        reindex([path for path in sorted(set(faulty.values())) if os.path.exists(path)])
+        still_faulty = _faulty_images(catalog, collection, IntegrityReport())
+        for image_id, path in faulty.items():
+            lost = image_id in still_faulty or not os.path.exists(path)
+            (report.problems if lost else report.repaired).append(
+                f"{path}: its embedding was damaged" + (" and its file is gone" if lost else "")
+            )
+    else:
+        report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
+    problem = _snapshot_problem(catalog, collection)
+    if problem and reindex:
+        write_snapshot(catalog, collection)
+        remaining = _snapshot_problem(catalog, collection)
+        (report.problems if remaining else report.repaired).append(problem)
+    elif problem:
+        report.problems.append(problem)
+    return report
+
+
+def compact_collection(catalog: Catalog, collection: CollectionInfo) -> None:
+    """Writes a fresh snapshot, drops embeddings that no image refers to, and gives free pages back."""
+    write_snapshot(catalog, collection)
+    with catalog.writing() as session:
+        session.execute(delete(EmbeddingRow).where(~exists().where(ImageRow.sha256 == EmbeddingRow.sha256)))
+    catalog.reclaim_space()
+
+
+def _faulty_images(catalog: Catalog, collection: CollectionInfo, report: IntegrityReport) -> dict[int, str]:
+    """Absolute path by id of readable images without a sound embedding of either kind."""
+    sound: dict[bytes, int] = {}
+    with catalog.reading() as session:
+        embeddings = session.execute(
+            select(EmbeddingRow.sha256, EmbeddingRow.vector).where(
+                EmbeddingRow.model_id == collection.model_id,
+                EmbeddingRow.region == "full",
+                EmbeddingRow.kind.in_(("cls", "gem")),
+            ),
+            execution_options={"yield_per": _ROWS_PER_FETCH},
+        )
+        for digest, vector in embeddings:
+            sound[digest] = sound.get(digest, 0) + _is_sound(vector, collection.dim)
+        images = session.execute(
+            select(ImageRow.id, ImageRow.sha256, SourceRow.path, ImageRow.path)
+            .join(SourceRow, SourceRow.id == ImageRow.source_id)
+            .where(ImageRow.collection_id == collection.id, ImageRow.status == "ok")
+        ).all()
+    report.images_checked = len(images)
+    return {
+        image_id: join_path(decode_path(source), name)
+        for image_id, digest, source, name in images
+        if digest is None or sound.get(digest, 0) != 2
+    }
+
+
+def _is_sound(vector: bytes, dim: int) -> bool:
+    if len(vector) != 2 * dim:
+        return False
+    values = np.frombuffer(vector, np.float16)
+    return bool(np.isfinite(values).all() and values.any())
+
+
+def _discard(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[int]) -> None:
+    """Deletes faulty embeddings, and makes the images look unread so that indexing reads them again."""
+    with catalog.writing() as session:
+        for image_id in image_ids:
+            image = session.get_one(ImageRow, image_id)
+            session.execute(
+                delete(EmbeddingRow).where(
+                    EmbeddingRow.sha256 == image.sha256, EmbeddingRow.model_id == collection.model_id
+                )
+            )
+            image.sha256, image.mtime_ns = b"", 0
+
+
+def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty: Mapping[int, str]) -> None:
+    """Enters images with neither a sound embedding nor a file into the ledger."""
+    lost = [image_id for image_id, path in faulty.items() if not os.path.exists(path)]
+    if not lost:
+        return
+    with catalog.writing() as session:
+        generation = advance_generation(session, collection)
+        for image_id in lost:
+            image = session.get_one(ImageRow, image_id)
+            image.status, image.error_code, image.sha256 = "failed", "vanished", None
+            image.error_message = "its embedding was damaged and the file is gone"
+            forget_vector(session, collection, image_id, generation)
+
+
+def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:
+    """What is wrong with the snapshot, in a line; None where it agrees with the catalog or there is none."""
+    with catalog.reading() as session:
+        row = session.get(SnapshotRow, collection.id)
+        if row is None:
+            return None
+        try:
+            index = read_snapshot(catalog, collection, row)
+        except SnapshotDamaged as error:
+            return f"snapshot: {error}"
+        if not snapshot_is_intact(catalog, collection, row):
+            return f"snapshot: the bytes of {row.file_name} are not those that were written"
+        if row.generation > generation_of(session, collection):
+            return f"snapshot: {row.file_name} is newer than the catalog"
+        return _difference(session, collection, row, index)
+
+
+def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, index: Any) -> str | None:
+    """Whether the snapshot holds exactly the images that it should, later changes aside."""
+    ours = ImageRow.collection_id == collection.id
+    settled = select(ImageRow.id).where(ours, ImageRow.status == "ok", ImageRow.generation <= row.generation)
+    changed = select(ImageRow.id).where(ours, ImageRow.generation > row.generation)
+    removed = select(RemovalRow.image_id).where(
+        RemovalRow.collection_id == collection.id, RemovalRow.generation > row.generation
+    )
+    later = set(session.scalars(changed)) | set(session.scalars(removed))
+    in_snapshot = set(snapshot_ids(index).tolist()) - later
+    in_catalog = set(session.scalars(settled)) - later
+    if in_snapshot == in_catalog:
+        return None
+    missing, surplus = len(in_catalog - in_snapshot), len(in_snapshot - in_catalog)
+    return f"snapshot: {row.file_name} lacks {missing} images of the catalog and has {surplus} that are not in it"

@@ -1,0 +1,203 @@
+"""Writing what became of files into the catalog, a batch in one transaction.
+
+An image's row and its embedding are written together, so that they can never disagree, and everything is looked up
+again inside the transaction: another process may have indexed the same files meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TypeVar
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow
+from dino_index.catalog.portable_paths import encode_path
+from dino_index.collections import CollectionInfo, advance_generation, join_path, relative_path, source_paths
+from dino_index.embedding import EmbeddedFile, FailedFile
+from dino_index.errors import ImageError
+from dino_index.image_files import ListedFile
+
+_T = TypeVar("_T")
+
+_MAX_BOUND_PARAMETERS = 500
+
+
+class Sources:
+    """The collection's root folders: which one a file belongs to, always the same one."""
+
+    def __init__(self, paths_by_id: Mapping[int, str]) -> None:
+        self.paths_by_id = dict(paths_by_id)
+        self._by_length = sorted(self.paths_by_id.items(), key=lambda item: len(item[1]), reverse=True)
+
+    @classmethod
+    def covering(cls, session: Session, collection: CollectionInfo, paths: Sequence[str]) -> Sources:
+        """The collection's sources, with those added that the given absolute paths lack."""
+        sources = cls(source_paths(session, collection))
+        # Shorter paths first, so that of a folder and its sub-folder only the folder becomes a source.
+        for path in sorted(paths, key=len):
+            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            if sources.find(folder) is None:
+                row = SourceRow(collection_id=collection.id, path=encode_path(folder))
+                session.add(row)
+                session.flush()
+                sources = cls({**sources.paths_by_id, row.id: folder})
+        return sources
+
+    def find(self, path: str) -> int | None:
+        """Id of the nearest source that holds the path or is it."""
+        return next((source_id for source_id, source in self._by_length if is_below(path, source)), None)
+
+    def locate(self, path: str) -> tuple[int, str]:
+        """(source id, portable relative path) of a file below one of the sources."""
+        source_id = self.find(path)
+        assert source_id is not None, path
+        return source_id, relative_path(path, self.paths_by_id[source_id])
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is the folder or lies in it; both absolute."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+class BatchRecorder:
+    """One transaction's view of one batch. `record` it once."""
+
+    def __init__(self, session: Session, collection: CollectionInfo, sources: Sources) -> None:
+        self._session = session
+        self._collection = collection
+        self._sources = sources
+        self.moved_ids: set[int] = set()
+        """Images that were found again under another path."""
+
+    def record(self, outcomes: Sequence[EmbeddedFile | FailedFile], labels: Mapping[str, str] | None) -> Counter[str]:
+        """Writes the outcomes; returns how many were `added`, `updated`, `skipped`, `failed`."""
+        counts: Counter[str] = Counter()
+        rows = self._rows_by_path([outcome.file.path for outcome in outcomes])
+        embedded = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedFile)]
+        self._store_vectors(embedded)
+        moved = self._rows_by_content([item.facts.sha256 for item in embedded if item.file.path not in rows])
+        for outcome in outcomes:
+            path = outcome.file.path
+            row = rows.get(path)
+            if isinstance(outcome, FailedFile):
+                counts[self._record_failure(outcome.file, outcome.error, row)] += 1
+                continue
+            if row is None and (candidates := moved.get(outcome.facts.sha256)):
+                row = candidates.pop()
+                row.source_id, row.path = self._sources.locate(path)
+                self.moved_ids.add(row.id)
+            result = self._record_image(outcome, row, labels)
+            counts["updated" if row is not None and row.id in self.moved_ids else result] += 1
+        return counts
+
+    @cached_property
+    def _generation(self) -> int:
+        """Advanced when the first vector changes, so that a batch without change stays invisible."""
+        return advance_generation(self._session, self._collection)
+
+    def _rows_by_path(self, paths: Sequence[str]) -> dict[str, ImageRow]:
+        keys = {self._sources.locate(path): path for path in paths}
+        found: dict[str, ImageRow] = {}
+        for source_id in {source_id for source_id, _ in keys}:
+            names = [name for key, name in keys if key == source_id]
+            for part in _parts(names):
+                rows = self._session.scalars(
+                    select(ImageRow).where(ImageRow.source_id == source_id, ImageRow.path.in_(part))
+                )
+                found |= {keys[source_id, row.path]: row for row in rows}
+        return found
+
+    def _rows_by_content(self, digests: Sequence[bytes]) -> dict[bytes, list[ImageRow]]:
+        """Readable images with the same bytes whose own file is gone: what a moved file leaves behind."""
+        found: dict[bytes, list[ImageRow]] = {}
+        for part in _parts(list(set(digests))):
+            rows = self._session.scalars(
+                select(ImageRow).where(
+                    ImageRow.collection_id == self._collection.id,
+                    ImageRow.sha256.in_(part),
+                    ImageRow.status == "ok",
+                )
+            )
+            for row in rows:
+                if not os.path.lexists(join_path(self._sources.paths_by_id[row.source_id], row.path)):
+                    assert row.sha256 is not None
+                    found.setdefault(row.sha256, []).append(row)
+        return found
+
+    def _store_vectors(self, items: Sequence[EmbeddedFile]) -> None:
+        new = {item.facts.sha256: item for item in items if item.cls_D is not None}
+        model_id = self._collection.model_id
+        for part in _parts(list(new)):
+            stored = select(EmbeddingRow.sha256).where(
+                EmbeddingRow.model_id == model_id, EmbeddingRow.kind == "cls", EmbeddingRow.sha256.in_(part)
+            )
+            for digest in self._session.scalars(stored):
+                del new[digest]
+        self._session.add_all(
+            EmbeddingRow(sha256=digest, model_id=model_id, kind=kind, region="full", vector=vector.tobytes())
+            for digest, item in new.items()
+            for kind, vector in (("cls", item.cls_D), ("gem", item.gem_D))
+            if vector is not None
+        )
+
+    def _record_image(self, item: EmbeddedFile, row: ImageRow | None, labels: Mapping[str, str] | None) -> str:
+        facts, path = item.facts, item.file.path
+        if row is None:
+            source_id, name = self._sources.locate(path)
+            row = ImageRow(collection_id=self._collection.id, source_id=source_id, path=name)
+            result = "added"
+        else:
+            unchanged = row.status == "ok" and row.sha256 == facts.sha256
+            relabelled = labels is not None and labels.get(path, row.label) != row.label
+            result = "skipped" if unchanged and not relabelled else "updated"
+        if row.status != "ok" or row.sha256 != facts.sha256:
+            row.generation = self._generation
+        row.sha256, row.size, row.mtime_ns = facts.sha256, facts.size, facts.mtime_ns
+        row.width, row.height = facts.width, facts.height
+        row.status, row.error_code, row.error_message = "ok", None, None
+        if labels is not None:
+            row.label = labels.get(path, row.label)
+        self._session.add(row)
+        return result
+
+    def _record_failure(self, file: ListedFile, error: ImageError, row: ImageRow | None) -> str:
+        if row is None:
+            source_id, name = self._sources.locate(file.path)
+            row = ImageRow(
+                collection_id=self._collection.id, source_id=source_id, path=name, generation=self._generation
+            )
+        elif row.status == "ok":
+            if error.reason == "vanished":
+                return "skipped"  # as any image whose file is gone: it stays until it is pruned
+            forget_vector(self._session, self._collection, row.id, self._generation)
+        row.size, row.mtime_ns = file.size, file.mtime_ns
+        row.status, row.error_code, row.error_message = "failed", error.reason, str(error)
+        row.sha256 = row.width = row.height = None
+        self._session.add(row)
+        return "failed"
+
+
+def forget_vector(session: Session, collection: CollectionInfo, image_id: int, generation: int) -> None:
+    """Masks an image's vector in snapshots older than `generation`."""
+    session.merge(RemovalRow(collection_id=collection.id, image_id=image_id, generation=generation))
+
+
+def remove_images(session: Session, collection: CollectionInfo, image_ids: Sequence[int]) -> None:
+    """Deletes image rows and masks their vectors. The embeddings stay until `compact`: another image may share them."""
+    if not image_ids:
+        return
+    generation = advance_generation(session, collection)
+    for image_id in image_ids:
+        forget_vector(session, collection, image_id, generation)
+    for part in _parts(image_ids):
+        session.execute(delete(ImageRow).where(ImageRow.id.in_(part)))
+
+
+def _parts(values: Sequence[_T]) -> list[Sequence[_T]]:
+    """The values in runs that are short enough for one IN clause."""
+    return [values[begin : begin + _MAX_BOUND_PARAMETERS] for begin in range(0, len(values), _MAX_BOUND_PARAMETERS)]

@@ -1,0 +1,71 @@
+"""Every test is repeatable and alone: seeded, offline, with a home folder of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# Read when huggingface_hub is imported, and inherited by the commands that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers in every run, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    # A torch imported only later starts from a fixed seed of its own.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder for the test, which DINO_SEARCH_HOME names; commands that it starts inherit it."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("DINO_SEARCH_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Connections from the test process reach this machine only."""
+
+    class LocalSocket(socket.socket):
+        def connect(self, address: Any) -> None:
+            self._refuse_remote(address)
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            self._refuse_remote(address)
+            return super().connect_ex(address)
+
+        def _refuse_remote(self, address: Any) -> None:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(str(address[0])):
+                self.close()
+                # Not an OSError: code that copes with a lost connection would hide it.
+                raise RuntimeError(f"a test tried to reach {address[0]}: tests run offline")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "socket", LocalSocket)
+        yield
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"

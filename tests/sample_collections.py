@@ -1,0 +1,103 @@
+"""Small collections for tests: generated pictures, a backbone that takes milliseconds, and what the catalog holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from sqlalchemy import select
+
+from bad_files import encoded, picture
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
+from dino_index.catalog.portable_paths import decode_path
+
+TINY_VIT = {
+    "architecture": "vit_tiny_patch16_224",
+    "architecture_args": {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 32},
+    "input_size": 32,
+}
+TINY_DIM = 64
+
+
+def jpeg(seed: int) -> bytes:
+    """A small picture as a file's bytes; another seed, another picture."""
+    return encoded(picture(seed=seed), "JPEG")
+
+
+def write_pictures(folder: Path, *names: str, seed: int = 0) -> list[Path]:
+    """A picture of its own under each name; `a/b.jpg` makes the folder too."""
+    paths = [folder / name for name in names]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(seed + number))
+    return paths
+
+
+def save_tiny_model(path: Path, *, seed: int = 0, **changed: Any) -> Path:
+    """A one-block vision transformer with random weights, described in its metadata."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "cls_token": (1, 1, 64), "pos_embed": (1, 5, 64),
+        "patch_embed.proj.weight": (64, 3, 16, 16), "patch_embed.proj.bias": (64,),
+        "blocks.0.norm1.weight": (64,), "blocks.0.norm1.bias": (64,),
+        "blocks.0.attn.qkv.weight": (192, 64), "blocks.0.attn.qkv.bias": (192,),
+        "blocks.0.attn.proj.weight": (64, 64), "blocks.0.attn.proj.bias": (64,),
+        "blocks.0.norm2.weight": (64,), "blocks.0.norm2.bias": (64,),
+        "blocks.0.mlp.fc1.weight": (256, 64), "blocks.0.mlp.fc1.bias": (256,),
+        "blocks.0.mlp.fc2.weight": (64, 256), "blocks.0.mlp.fc2.bias": (64,),
+        "norm.weight": (64,), "norm.bias": (64,),
+    }  # fmt: skip
+    weights = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(weights, path, metadata={"dino_search": json.dumps(TINY_VIT | changed)})
+    return path
+
+
+def images_of(home: Path, collection: str = "default") -> dict[str, dict[str, Any]]:
+    """Everything that the catalog has about each file, by absolute path; vectors included, ids and times left out."""
+    images = {}
+    for path, row, vectors in _rows(home, collection):
+        columns = {name: getattr(row, name) for name in "status error_code label sha256 size width height".split()}
+        images[path] = columns | vectors
+    return images
+
+
+def ids_of(home: Path, collection: str = "default") -> dict[str, int]:
+    """Image id by absolute path."""
+    return {path: row.id for path, row, _ in _rows(home, collection)}
+
+
+def count_rows(home: Path, table: type[Any]) -> int:
+    catalog = open_catalog(home)
+    with catalog.reading() as session:
+        num_rows = len(session.scalars(select(table)).all())
+    catalog.close()
+    return num_rows
+
+
+def open_catalog(home: Path) -> Catalog:
+    catalog = Catalog.open(home)
+    assert catalog is not None
+    return catalog
+
+
+def _rows(home: Path, collection: str) -> list[tuple[str, ImageRow, dict[str, bytes]]]:
+    catalog = open_catalog(home)
+    with catalog.reading() as session:
+        wanted = session.scalars(select(CollectionRow).where(CollectionRow.name == collection)).one()
+        found = session.execute(
+            select(SourceRow.path, ImageRow)
+            .join(SourceRow, SourceRow.id == ImageRow.source_id)
+            .where(ImageRow.collection_id == wanted.id)
+        ).all()
+        vectors: dict[bytes, dict[str, bytes]] = {}
+        for row in session.scalars(select(EmbeddingRow).where(EmbeddingRow.model_id == wanted.model_id)):
+            vectors.setdefault(row.sha256, {})[row.kind] = row.vector
+        session.expunge_all()
+    catalog.close()
+    paths = [os.path.join(decode_path(source), decode_path(row.path)) for source, row in found]
+    assert len(set(paths)) == len(paths), "a file is in the catalog twice"
+    return [(path, row, vectors.get(row.sha256 or b"", {})) for path, (_, row) in zip(paths, found, strict=True)]

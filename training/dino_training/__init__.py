@@ -1,0 +1,1 @@
+"""DINO pretraining and evaluation protocols will live here; there is no code yet."""
