@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from typing import Any
 
 import typer
+import typer.core
 
 from dino_index.errors import DinoSearchError
 from dino_search.commands import demo, housekeeping, indexing, searching
@@ -19,8 +22,22 @@ from dino_search.commands.output import complain
 # The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
 _QUIET_HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; one that is interrupted says so, where Typer would end it without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            complain("interrupted; what was recorded before stays, and the same command goes on from there")
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            raise typer.Exit(128 + number) from interrupt
+
+
 app = typer.Typer(
     name="dino-search",
+    cls=_Commands,
     help="Search your own pictures by image, find copies, classify. Everything runs on this machine.",
     epilog="dino-search index ./photos",
     no_args_is_help=True,
@@ -33,7 +50,7 @@ for register in (indexing, searching, housekeeping, demo):
 
 
 def main() -> None:
-    """Runs one command. Exit 0 done, 1 expected failure, 2 wrong usage, 130 interrupted."""
+    """Runs one command. Exit 0 done, 1 expected failure, 2 wrong usage, 130 interrupted, 143 terminated."""
     for name, value in _QUIET_HUB.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -42,9 +59,6 @@ def main() -> None:
     except DinoSearchError as error:
         complain(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        complain("interrupted; what was recorded before stays, and the same command goes on from there")
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow
+from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
 from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
@@ -55,16 +54,18 @@ class Collection:
         *,
         home: StrPath | None = None,
         model: str | Path | None = None,
-        pooling: Pooling = "normalised",
+        pooling: Pooling | None = None,
         device: Device = "auto",
     ) -> Collection:
         """The collection of this name; it comes into being when something is indexed into it.
 
         home: None for `DINO_SEARCH_HOME` or the platform's place for user data.
         model: `bundled` or a safetensors file; None for the collection's own, `bundled` for a new one.
+        pooling: of the GeM vectors; None for the collection's own, `normalised` for a new one.
         Raises ModelError.
         """
-        spec = resolve_model(model, pooling=pooling) if model is not None else None
+        asked = model is not None or pooling is not None
+        spec = resolve_model(model or BUNDLED, pooling=pooling or "normalised") if asked else None
         return cls(Path(home) if home is not None else default_home(), name, spec, device=device)
 
     def __enter__(self) -> Collection:
@@ -104,7 +105,8 @@ class Collection:
             paths,
             self._model,
             lambda: resolve_model(BUNDLED),
-            replace(options or IndexOptions(), device=self._device),
+            options or IndexOptions(),
+            device=self._device,
             on_progress=on_progress,
             should_stop=should_stop,
         )
@@ -129,8 +131,8 @@ class Collection:
         pictures = [images] if isinstance(images, str | bytes | os.PathLike) else images
         pictures = cast("Sequence[Picture]", pictures if isinstance(pictures, Sequence) else [pictures])
         results = []
-        model = ""
-        for found in self._search(pictures, k, labelled=True):
+        model = self.model_name()
+        for found in self._search(pictures, k, labelled=True) if pictures else []:
             labels = [result.label or "" for result in found.results]
             ranked = vote([result.score for result in found.results], labels, temperature)
             results.append(
@@ -142,7 +144,6 @@ class Collection:
                     neighbours=found.results,
                 )
             )
-            model = found.model
         return Classifications(collection=self.name, model=model, k=k, temperature=temperature, results=results)
 
     def model_name(self) -> str:
@@ -172,7 +173,7 @@ class Collection:
                 "images_in_snapshot": snapshot.num_vectors if snapshot else 0,
                 "labels": sum(label is not None for label in labels),
                 "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),
-                "home": str(self.home),
+                "home": encode_path(str(self.home)),
             }
 
     def failures(self) -> list[dict[str, str]]:
@@ -276,19 +277,22 @@ class Collection:
 
     def _embed_query(self, catalog: Catalog, collection: CollectionInfo, image: Picture) -> NDArray[np.float32]:
         """Unit vector (1, D) of a picture: of the catalog where the very bytes are known, else a forward pass."""
-        from dino_index.images import decode, load_image, read_file
+        from dino_index.images import load_image, read_file
         from dino_index.snapshots import normalise, stored_vector
 
+        source: bytes | Image.Image
         try:
             if isinstance(image, str | os.PathLike):
                 content = read_file(image)
                 with catalog.reading() as session:
                     if (vector := stored_vector(session, collection, content.sha256)) is not None:
                         return normalise(vector)
-                image = content.data
+                source = content.data
+            else:
+                source = image
             backbone = self._loaded_backbone(collection)
             size = (backbone.spec.input_size, backbone.spec.input_size)
-            picture = decode(image, size=size) if isinstance(image, bytes) else load_image(image, size=size)
+            picture = load_image(source, size=size)
         except ImageError as error:
             raise ImageError(error.reason, f"the query {_name_of(image)} cannot be used: {error}") from error
         return normalise(backbone.embed(picture.pixels_HWC[None])[0])
@@ -334,18 +338,18 @@ def _labelled_ids(session: Session, collection: CollectionInfo) -> NDArray[np.in
 
 
 def _results(
-    session: Session, ids: NDArray[np.int64], scores: NDArray[np.float32], min_score: float | None
+    session: Session, ids: NDArray[np.int64], scores: NDArray[np.float64], min_score: float | None
 ) -> list[SearchResult]:
-    rows = session.execute(
-        select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
-        .join(SourceRow, SourceRow.id == ImageRow.source_id)
-        .where(ImageRow.id.in_(ids.tolist()))
-    )
-    facts = {image_id: (_portable(source, name), label) for image_id, source, name, label in rows}
-    return [
-        SearchResult(
-            rank=rank, image_id=image_id, path=facts[image_id][0], score=round(score, 6), label=facts[image_id][1]
+    facts: dict[int, tuple[str, str | None]] = {}
+    for part in bound_parts(ids.tolist()):
+        rows = session.execute(
+            select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
+            .join(SourceRow, SourceRow.id == ImageRow.source_id)
+            .where(ImageRow.id.in_(part))
         )
+        facts |= {image_id: (_portable(source, name), label) for image_id, source, name, label in rows}
+    return [
+        SearchResult(rank=rank, image_id=image_id, path=facts[image_id][0], score=score, label=facts[image_id][1])
         for rank, (image_id, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), 1)
         if min_score is None or score >= min_score
     ]

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from dino_index.catalog.portable_paths import decode_path
-from dino_index.errors import ImageError
+from dino_index.errors import ImageError, OutputUnwritable
 from dino_index.images import load_image
 from dino_search.results import SearchResults
 
@@ -21,7 +22,10 @@ _THUMBNAIL_SIDE = 240
 
 
 def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], note: str = "") -> None:
-    """Writes the sheet, whole or not at all. Pictures that cannot be read any more are shown by name only."""
+    """Writes the sheet, whole or not at all. Pictures that cannot be read any more are shown by name only.
+
+    Raises OutputUnwritable.
+    """
     environment = Environment(loader=PackageLoader("dino_search"), autoescape=select_autoescape(default=True))
     page = environment.get_template("contact_sheet.html.j2").render(
         title=title, note=note, found=found, thumbnail=_thumbnail, name=lambda place: Path(place).name
@@ -30,8 +34,11 @@ def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], 
     try:
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, path)
+    except OSError as error:
+        raise OutputUnwritable(f"{path} cannot be written: {error.strerror}; choose another place for it") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _thumbnail(portable_path: str) -> str | None:

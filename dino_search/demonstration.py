@@ -11,6 +11,7 @@ import skimage
 from PIL import Image
 
 from dino_index.edits import apply_edits
+from dino_index.errors import OutputUnwritable
 from dino_index.images import load_image
 from dino_index.indexing import IndexOptions, IndexSummary
 from dino_search.collection import Collection
@@ -46,7 +47,7 @@ class Demonstration:
 def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
     """Writes photographs and queries below `folder`, indexes, searches, classifies, and writes a contact sheet.
 
-    Raises as `Collection.index`, `search` and `classify` do.
+    Raises OutputUnwritable, and as `Collection.index`, `search` and `classify` do.
     """
     rng = np.random.default_rng(_SEED)
     photos, queries = folder / "photos", folder / "queries"
@@ -90,10 +91,15 @@ def _photograph(name: str) -> Image.Image:
 
 def _write(path: Path, image: Image.Image) -> None:
     """Writes a JPEG unless this very file is there: a second run then finds everything unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    image.save(partial, "JPEG", quality=90)
-    if path.is_file() and path.read_bytes() == partial.read_bytes():
-        partial.unlink()
-    else:
-        os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, "JPEG", quality=90)
+        if path.is_file() and path.read_bytes() == partial.read_bytes():
+            partial.unlink()
+        else:
+            os.replace(partial, path)
+    except OSError as error:
+        raise OutputUnwritable(
+            f"{path} cannot be written: {error.strerror}; choose another place with --out"
+        ) from error

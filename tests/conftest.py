@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from sample_collections import save_tiny_model
+
 # Read when huggingface_hub is imported, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -38,6 +40,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("DINO_SEARCH_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file that loads and embeds in milliseconds, for tests that are not about likeness."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """The command line as processes of its own that start at once, to be killed, interrupted and run side by side.
 
-A server process imports torch, timm and FAISS once, and forks a child for each command: the real code in a real
+A server process imports torch, timm and FAISS once and forks a child for each command: the real code in a real
 process, without the seconds that those imports take.
 """
 
@@ -10,14 +10,14 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
 _FORK_SERVER = multiprocessing.get_context("forkserver")
-# Imported only, never used in the server: threads that it started would not exist in its children.
+# Imported only, never used in the server: threads that it started would be missing in its children.
 _FORK_SERVER.set_forkserver_preload(
     ["alembic.command", "dino_index.backbones", "dino_index.integrity", "dino_search.cli", "dino_search.collection"]
 )
@@ -25,7 +25,7 @@ _FORK_SERVER.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended. exit_code: as the shell gives it, 128 + signal for one that was killed."""
+    """How a command ended. exit_code: as a shell gives it, 128 + signal for a process that a signal ended."""
 
     exit_code: int
     stdout: str
@@ -44,19 +44,20 @@ class Running:
         return self._process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
-        assert self._process.pid is not None
-        if self._process.is_alive():
+        """Sends a signal, unless the process has ended."""
+        if self._process.pid is not None and self._process.is_alive():
             os.kill(self._process.pid, number)
 
-    def told(self) -> str:
-        """What it has written to stderr up to now."""
+    def stderr(self) -> str:
+        """What it has written there up to now."""
         return self._stderr.read_text("utf-8") if self._stderr.exists() else ""
 
     def wait(self, timeout_s: float = 120) -> Finished:
         self._process.join(timeout_s)
         code = self._process.exitcode
-        assert code is not None, f"still running after {timeout_s} s; stderr: {self.told()}"
-        return Finished(code if code >= 0 else 128 - code, self._stdout.read_text("utf-8"), self.told())
+        assert code is not None, f"still running after {timeout_s} s; stderr: {self.stderr()}"
+        stdout = self._stdout.read_text("utf-8") if self._stdout.exists() else ""
+        return Finished(code if code >= 0 else 128 - code, stdout, self.stderr())
 
 
 class CommandLine:
@@ -67,24 +68,28 @@ class CommandLine:
         self._started: list[Running] = []
 
     def start(self, *arguments: object, prepare: Callable[[], None] | None = None) -> Running:
-        """Starts a command. prepare: called in the new process before; a function of an importable module."""
+        """Starts a command. prepare: called in its process before; a function of a module that can be imported."""
         self._folder.mkdir(exist_ok=True)
         outputs = [self._folder / f"{len(self._started)}.{name}" for name in ("stdout", "stderr")]
         process = _FORK_SERVER.Process(
             target=_run_command, args=([str(item) for item in arguments], outputs, dict(os.environ), prepare)
         )
-        process.start()
+        # One thread computes: on a busy machine two that wait for each other are slower than one.
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when the server starts
+            process.start()
         running = Running(process, *outputs)
         self._started.append(running)
         return running
 
     def run(self, *arguments: object, prepare: Callable[[], None] | None = None, timeout_s: float = 120) -> Finished:
+        """The same, and waits until it has ended."""
         return self.start(*arguments, prepare=prepare).wait(timeout_s)
 
-    def kill_all(self) -> None:
+    def end(self) -> None:
+        """Kills what still runs."""
         for running in self._started:
             running.send(signal.SIGKILL)
-            running._process.join()
+            running.wait()
 
 
 def _run_command(
@@ -92,7 +97,7 @@ def _run_command(
 ) -> None:
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     if prepare is not None:
         prepare()
     sys.argv = ["dino-search", *arguments]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from bad_files import encoded, picture
 from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
+from dino_index.collections import find_collection
+from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
+from dino_index.model_files import resolve_model
+from dino_index.vector_index import VectorIndex
 
-TINY_VIT = {
+TINY_VIT: dict[str, Any] = {
     "architecture": "vit_tiny_patch16_224",
     "architecture_args": {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 32},
     "input_size": 32,
@@ -56,6 +61,40 @@ def save_tiny_model(path: Path, *, seed: int = 0, **changed: Any) -> Path:
     return path
 
 
+def index_files(
+    home: Path,
+    model: Path,
+    *paths: str | Path,
+    collection: str = "default",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> IndexSummary:
+    """One run of `index_paths`, options as `IndexOptions` has them."""
+    catalog = Catalog.open(home, create=True)
+    assert catalog is not None
+    spec = resolve_model(model)
+    try:
+        return index_paths(
+            catalog, collection, paths, spec, lambda: spec, IndexOptions(**options),
+            on_progress=on_progress, should_stop=should_stop,
+        )  # fmt: skip
+    finally:
+        catalog.close()
+
+
+def findable(home: Path, collection: str = "default") -> set[str]:
+    """Absolute paths of all images that a search can find."""
+    catalog = open_catalog(home)
+    with catalog.reading() as session:
+        info = find_collection(session, collection)
+        index = VectorIndex.load(catalog, session, info)
+    catalog.close()
+    query_1D = np.full((1, info.dim), info.dim**-0.5, np.float32)
+    paths = {image_id: path for path, image_id in ids_of(home, collection).items()}
+    return {paths[image_id] for image_id in index.search(query_1D, 10_000)[0][0].tolist()}
+
+
 def images_of(home: Path, collection: str = "default") -> dict[str, dict[str, Any]]:
     """Everything that the catalog has about each file, by absolute path; vectors included, ids and times left out."""
     images = {}
@@ -73,7 +112,7 @@ def ids_of(home: Path, collection: str = "default") -> dict[str, int]:
 def count_rows(home: Path, table: type[Any]) -> int:
     catalog = open_catalog(home)
     with catalog.reading() as session:
-        num_rows = len(session.scalars(select(table)).all())
+        num_rows = session.scalars(select(func.count()).select_from(table)).one()
     catalog.close()
     return num_rows
 

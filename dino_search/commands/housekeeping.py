@@ -39,7 +39,7 @@ def info(
         print_json(facts | {"failures": ledger} if failures else facts)
     elif failures:
         for failure in ledger:
-            print_line(f"{failure['code']}\t{failure['path']}\t{failure['message']}")
+            print_line(failure["code"], failure["path"], failure["message"])
     else:
         for key, value in facts.items():
             print_line(f"{key + ':':<20}{', '.join(value) if isinstance(value, list) else value}")
@@ -60,9 +60,9 @@ def verify(
         print_json({"images": report.images_checked, "problems": report.problems, "repaired": report.repaired})
     else:
         for problem in report.repaired:
-            print_line(f"repaired\t{problem}")
+            print_line("repaired", problem)
         for problem in report.problems:
-            print_line(f"problem\t{problem}")
+            print_line("problem", problem)
         print_line(f"{report.images_checked} images checked, {len(report.problems)} problems")
         if report.problems and not repair:
             tell("to put right what can be: dino-search verify --repair")

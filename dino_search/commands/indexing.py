@@ -41,7 +41,10 @@ def index(
         str | None,
         typer.Option(metavar="NAME|FILE", help="'bundled' or a safetensors file.", show_default="the collection's"),
     ] = None,
-    pooling: Annotated[str, typer.Option(metavar="normalised|reference", help="GeM pooling.")] = "normalised",
+    pooling: Annotated[
+        str | None,
+        typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's"),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
@@ -57,24 +60,27 @@ def index(
 ) -> None:
     """Add new and changed images, skip unchanged ones."""
     _require_choice("--device", device, ("auto", "cpu", "cuda"))
-    _require_choice("--pooling", pooling, ("normalised", "reference"))
+    _require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
     from dino_index.embedding import EmbeddingSettings
     from dino_index.image_bytes import ReadLimits
     from dino_index.indexing import IndexOptions
     from dino_search.collection import Collection
 
-    options = IndexOptions(
-        exclude=exclude or (),
-        rehash=rehash,
-        prune=prune,
-        prune_any=yes,
-        labels=labels,
-        embedding=EmbeddingSettings(
-            batch_size=batch_size,
-            workers=workers,
-            limits=ReadLimits(max_pixels=max_pixels, max_bytes=max_bytes),
-        ),
-    )
+    try:
+        options = IndexOptions(
+            exclude=exclude or (),
+            rehash=rehash,
+            prune=prune,
+            prune_any=yes,
+            labels=labels,
+            embedding=EmbeddingSettings(
+                batch_size=batch_size,
+                workers=workers,
+                limits=ReadLimits(max_pixels=max_pixels, max_bytes=max_bytes),
+            ),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
     with opened, _stopping_on_signals() as signals, _progress_bar() as show:
         summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
@@ -86,7 +92,7 @@ def index(
         tell(f"stopped with {summary.remaining} files to go; the same command goes on from there")
         raise typer.Exit(128 + signals[0])
     if not summary.readable and not summary.removed:
-        complain("no image under the given paths could be read; see: dino-search info --failures")
+        complain(f"no image under the given paths could be read; see: {_ledger_of(collection)}")
         raise typer.Exit(1)
 
 
@@ -108,12 +114,18 @@ def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
     if summary.moved:
         tell(f"{summary.moved} of the updated ones were found again under another path")
     if summary.failed:
-        tell(f"{summary.failed} files could not be read; list them: dino-search info --failures")
+        tell(f"{summary.failed} files could not be read; list them: {_ledger_of(collection)}")
     _tell_counts("ignored, as they are no images", summary.ignored_by_type)
     _tell_counts("folders skipped", summary.skipped_folders)
     _tell_counts("files skipped", summary.skipped_files)
     if summary.unmatched_labels:
         tell(f"{summary.unmatched_labels} rows of the label file name no image that was found")
+
+
+def _ledger_of(collection: str) -> str:
+    from dino_index.collections import option_for
+
+    return f"dino-search info --failures{option_for(collection)}"
 
 
 def _tell_counts(what: str, counts: Mapping[str, int]) -> None:
@@ -128,7 +140,7 @@ def _stopping_on_signals() -> Iterator[list[int]]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         received.append(number)
         tell("stopping after this batch; once more to stop at once")
 

@@ -26,9 +26,9 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not _can_print_unicode()))
 
 
-def print_line(text: str) -> None:
-    """One line on stdout; characters that would break the line or the terminal are shown escaped."""
-    print(printable(text))
+def print_line(*columns: str) -> None:
+    """One line on stdout, a tab between columns; what would break the line or the terminal is shown escaped."""
+    print("\t".join(map(printable, columns)))
 
 
 def tell(text: str) -> None:
@@ -43,9 +43,7 @@ def complain(text: str) -> None:
 
 def printable(text: str) -> str:
     """The text in one line that any terminal can show."""
-    escaped = "".join(
-        character if character.isprintable() or character == "\t" else ascii(character)[1:-1] for character in text
-    )
+    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     encoding = sys.stdout.encoding or "utf-8"
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -74,7 +74,7 @@ def classify(
         print_json(classified.to_json())
         return
     for result in classified.results:
-        print_line(f"{result.label}\t{result.probability:.3f}\t{result.query}")
+        print_line(result.label, f"{result.probability:.3f}", result.query)
         if len(classified.results) == 1:
             _print_results(result.neighbours)
 
@@ -84,7 +84,7 @@ def _print_results(results: list[SearchResult]) -> None:
         tell("nothing reaches the asked score")
     if not sys.stdout.isatty():
         for result in results:
-            print_line("\t".join([str(result.rank), f"{result.score:.4f}", result.label or "", result.path]))
+            print_line(str(result.rank), f"{result.score:.4f}", result.label or "", result.path)
         return
     from rich.console import Console
     from rich.table import Table

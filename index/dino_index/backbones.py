@@ -95,8 +95,10 @@ def _build(spec: ModelSpec) -> nn.Module:
         )
     arguments: dict[str, Any] = {"num_classes": 0, **spec.architecture_args}
     preset = timm.get_pretrained_cfg(spec.architecture)
-    classifier = weights.get(f"{preset.classifier if preset else 'head'}.weight")
-    if classifier is not None:
+    classifier_name: Any = preset.classifier if preset else "head"
+    if isinstance(classifier_name, tuple):  # a distilled DeiT has two
+        classifier_name = classifier_name[0]
+    if (classifier := weights.get(f"{classifier_name}.weight")) is not None:
         # Weights with a classifier load whole, strictly; its output is never used.
         arguments["num_classes"] = classifier.shape[0]
     try:

@@ -30,7 +30,12 @@ class CollectionInfo:
 
 
 def find_collection(session: Session, name: str) -> CollectionInfo:
-    """The collection of this name. Raises CollectionNotFound with the names that exist."""
+    """The collection of this name.
+
+    Raises CollectionNotFound with the names that exist, CollectionError for a name that none can have.
+    """
+    if not name or len(name) > 255 or not name.isprintable():
+        raise CollectionError(f"a collection's name has 1 to 255 printable characters, found {name!r}")
     row = session.execute(
         select(CollectionRow, ModelRow)
         .join(ModelRow, ModelRow.id == CollectionRow.model_id)
@@ -39,7 +44,7 @@ def find_collection(session: Session, name: str) -> CollectionInfo:
     if row is None:
         names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
         found = f"found {', '.join(names)}" if names else "nothing has been indexed yet"
-        raise CollectionNotFound(f"no collection {name!r}: {found}; run: dino-search index PATH{_option(name)}")
+        raise CollectionNotFound(f"no collection {name!r}: {found}; run: dino-search index PATH{option_for(name)}")
     collection, model = row
     return CollectionInfo(
         id=collection.id, name=collection.name, model_id=model.id, model_name=model.name,
@@ -50,10 +55,8 @@ def find_collection(session: Session, name: str) -> CollectionInfo:
 def create_collection(session: Session, name: str, spec: ModelSpec, dim: int) -> CollectionInfo:
     """The collection of this name, made with this model if another process has not just made it.
 
-    Raises CollectionError (a name that cannot be used), FingerprintMismatch.
+    Raises FingerprintMismatch; CollectionError as `find_collection` does.
     """
-    if not name or len(name) > 255 or not name.isprintable():
-        raise CollectionError(f"a collection's name has 1 to 255 printable characters, found {name!r}")
     if session.scalar(select(CollectionRow.id).where(CollectionRow.name == name)) is None:
         model_id = session.scalar(select(ModelRow.id).where(ModelRow.fingerprint == spec.fingerprint))
         if model_id is None:
@@ -113,7 +116,7 @@ def count_images(session: Session, collection: CollectionInfo) -> dict[str, int]
         select(ImageRow.status, func.count()).where(ImageRow.collection_id == collection.id)
         .group_by(ImageRow.status)
     )  # fmt: skip
-    return {"ok": 0, "failed": 0} | dict(rows.tuples().all())
+    return {"ok": 0, "failed": 0} | dict(rows.all())
 
 
 def source_paths(session: Session, collection: CollectionInfo) -> dict[int, str]:
@@ -132,5 +135,6 @@ def relative_path(path: str, source_path: str) -> str:
     return encode_path(os.path.relpath(path, source_path).replace(os.sep, "/"))
 
 
-def _option(name: str) -> str:
+def option_for(name: str) -> str:
+    """What a command needs after it to mean this collection."""
     return "" if name == "default" else f" -c {name}"

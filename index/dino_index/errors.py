@@ -20,7 +20,8 @@ DinoSearchError
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
 │   └── PruneRefused        pruning would drop more than looks intended
 ├── LabelFileError          a label file that cannot be read or lacks its columns
-└── OutputExists            a file that would be overwritten without --force
+├── OutputExists            a file that would be overwritten without --force
+└── OutputUnwritable        a result that cannot be written where it should go
 
 Each message says what was expected, what was found and what to do; each class has a stable `code`.
 """
@@ -147,3 +148,7 @@ class LabelFileError(DinoSearchError):
 
 class OutputExists(DinoSearchError):
     code = "output_exists"
+
+
+class OutputUnwritable(DinoSearchError):
+    code = "output_unwritable"

@@ -144,6 +144,12 @@ def _status_of_given(path: str) -> os.stat_result:
         raise SourceNotFound(f"{path}: cannot be listed: {reason}") from error
 
 
+def check_patterns(exclude: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that `list_images` would not take."""
+    for pattern in exclude:
+        _compile(pattern)
+
+
 class _Walk:
     """One run over folders, filling `listing`."""
 

@@ -29,7 +29,7 @@ from dino_index.collections import (
 )
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, embed_files
 from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, PruneRefused
-from dino_index.image_files import ListedFile, Listing, list_images
+from dino_index.image_files import ListedFile, Listing, check_patterns, list_images
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
 from dino_index.recording import BatchRecorder, Sources, is_below, remove_images
@@ -60,7 +60,9 @@ class IndexOptions:
     labels: str | Path | None = None
     """`folders`, or a CSV file with the columns path and label."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
-    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        check_patterns(self.exclude)
 
 
 @dataclass(kw_only=True)
@@ -133,6 +135,7 @@ def index_paths(
     default_model: Callable[[], ModelSpec],
     options: IndexOptions,
     *,
+    device: Device = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> IndexSummary:
@@ -144,8 +147,9 @@ def index_paths(
     LabelFileError, FingerprintMismatch and other ModelErrors, CatalogErrors.
     """
     given = [os.path.abspath(os.fspath(path)) for path in paths]
-    listing = list_images(given, exclude=options.exclude)
-    run = _Run(catalog, given, listing, options)
+    missing = _missing_roots(catalog, collection_name, given) if options.prune and options.prune_any else set()
+    listing = list_images([path for path in given if path not in missing], exclude=options.exclude)
+    run = _Run(catalog, given, missing, listing, options, device)
     run.open_collection(collection_name, model, default_model)
     run.plan()
     run.embed_and_record(on_progress, should_stop)
@@ -160,11 +164,21 @@ def index_paths(
 class _Run:
     """One call of `index_paths`: state that its phases share."""
 
-    def __init__(self, catalog: Catalog, given: list[str], listing: Listing, options: IndexOptions) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        given: list[str],
+        missing: set[str],
+        listing: Listing,
+        options: IndexOptions,
+        device: Device,
+    ) -> None:
         self._catalog = catalog
         self._given = given
+        self._listed = [path for path in given if path not in missing]
         self._listing = listing
         self._options = options
+        self._device = device
         self._backbone: Backbone | None = None
         self._labels = self._read_labels()
         self._moved_ids: set[int] = set()
@@ -199,10 +213,9 @@ class _Run:
         self._collection = collection
         with self._catalog.reading() as session:
             known_sources = Sources(source_paths(session, collection))
-        if any(known_sources.find(path) is None for path in self._given):
+        if any(known_sources.find(path) is None for path in self._listed):
             with self._catalog.writing() as session:
-                known_sources = Sources.covering(session, collection, self._given)
-        self._sources = known_sources
+                Sources.covering(session, collection, self._listed)
 
     def plan(self) -> None:
         """Sorts listed files into unchanged ones and those to read; finds images whose file is gone."""
@@ -258,9 +271,10 @@ class _Run:
             self.summary.images_per_second = round(done / (time.perf_counter() - start), 1)
 
     def forget_vanished_failures(self) -> None:
-        """Drops failed entries whose file is gone: there is nothing left that they could speak of."""
-        gone = [image.id for image in self._vanished().values() if image.status == "failed"]
-        self._remove(gone)
+        """Drops failed entries of files that are gone and of folders that could be listed again."""
+        failed = {path: image.id for path, image in self._unseen.items() if image.status == "failed"}
+        vanished = self._vanished()
+        self._remove([image_id for path, image_id in failed.items() if path in vanished or os.path.isdir(path)])
 
     def prune(self) -> None:
         gone = [image.id for image in self._vanished().values() if image.status == "ok"]
@@ -307,7 +321,7 @@ class _Run:
         from dino_index.backbones import Backbone
 
         if self._backbone is None:
-            self._backbone = Backbone(self._spec, device=self._options.device)
+            self._backbone = Backbone(self._spec, device=self._device)
         return self._backbone
 
     def _remember_place_of_weights(self, collection: CollectionInfo) -> None:
@@ -321,6 +335,7 @@ class _Run:
         """Images under the given paths by absolute path."""
         known: dict[str, _KnownImage] = {}
         with self._catalog.reading() as session:
+            sources = source_paths(session, self._collection)
             rows = session.execute(
                 select(
                     ImageRow.id,
@@ -334,7 +349,7 @@ class _Run:
                 ).where(ImageRow.collection_id == self._collection.id)
             )
             for image_id, source_id, name, size, mtime_ns, status, error_code, label in rows:
-                path = join_path(self._sources.paths_by_id[source_id], name)
+                path = join_path(sources[source_id], name)
                 if any(is_below(path, given) for given in self._given):
                     known[path] = _KnownImage(image_id, size, mtime_ns, status, error_code, label)
         return known
@@ -358,7 +373,7 @@ class _Run:
         if not batch:
             return
         with self._catalog.writing() as session:
-            recorder = BatchRecorder(session, self._collection, self._sources)
+            recorder = BatchRecorder(session, self._collection)
             counts = recorder.record(batch, self._labels)
         for name, count in counts.items():
             setattr(self.summary, name, getattr(self.summary, name) + count)
@@ -389,3 +404,19 @@ class _Run:
         ignored = sum(self._listing.ignored.values())
         found = f"found {ignored} other files ({', '.join(sorted(self._listing.ignored))})" if ignored else "found none"
         return f"expected images under {where}, {found}; run: dino-search index FOLDER-WITH-PICTURES"
+
+
+def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:
+    """Those of the given paths that are gone and under which the collection has images."""
+    gone = [path for path in given if not os.path.lexists(path)]
+    if not gone:
+        return set()
+    with catalog.reading() as session:
+        try:
+            collection = find_collection(session, collection_name)
+        except CollectionNotFound:
+            return set()
+        sources = source_paths(session, collection)
+        rows = session.execute(select(ImageRow.source_id, ImageRow.path).where(ImageRow.collection_id == collection.id))
+        paths = [join_path(sources[source_id], name) for source_id, name in rows]
+    return {root for root in gone if any(is_below(path, root) for path in paths)}

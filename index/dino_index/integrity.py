@@ -57,11 +57,13 @@ def verify_collection(
         _give_up_on_lost_files(catalog, collection, faulty)
         reindex([path for path in sorted(set(faulty.values())) if os.path.exists(path)])
         still_faulty = _faulty_images(catalog, collection, IntegrityReport())
+        readable = _readable_ids(catalog, collection)
         for image_id, path in faulty.items():
-            lost = image_id in still_faulty or not os.path.exists(path)
-            (report.problems if lost else report.repaired).append(
-                f"{path}: its embedding was damaged" + (" and its file is gone" if lost else "")
-            )
+            if image_id in readable and image_id not in still_faulty:
+                report.repaired.append(f"{path}: its embedding was damaged")
+            else:
+                fate = "cannot be read" if os.path.exists(path) else "is gone"
+                report.problems.append(f"{path}: its embedding was damaged and its file {fate}")
     else:
         report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
     problem = _snapshot_problem(catalog, collection)
@@ -107,6 +109,12 @@ def _faulty_images(catalog: Catalog, collection: CollectionInfo, report: Integri
         for image_id, digest, source, name in images
         if digest is None or sound.get(digest, 0) != 2
     }
+
+
+def _readable_ids(catalog: Catalog, collection: CollectionInfo) -> set[int]:
+    with catalog.reading() as session:
+        ours = ImageRow.collection_id == collection.id, ImageRow.status == "ok"
+        return set(session.scalars(select(ImageRow.id).where(*ours)))
 
 
 def _is_sound(vector: bytes, dim: int) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dino_index.catalog.portable_paths import encode_path
 from dino_index.errors import LabelFileError
 
 FROM_FOLDERS = "folders"
@@ -26,13 +27,13 @@ def labels_from_folders(paths: Sequence[str], files: Iterable[str]) -> dict[str,
         root = next((root for root in roots if _is_below(file, root)), os.path.dirname(file))
         first, *deeper = os.path.relpath(file, root).split(os.sep)
         if deeper:
-            labels[file] = first
+            labels[file] = encode_path(first)
             with_folders.add(root)
         else:
             loose.setdefault(root, []).append(file)
     for root in loose.keys() - with_folders:
         folder = root if os.path.isdir(root) else os.path.dirname(root)
-        labels |= dict.fromkeys(loose[root], os.path.basename(folder))
+        labels |= dict.fromkeys(loose[root], encode_path(os.path.basename(folder)))
     return labels
 
 
@@ -60,6 +61,8 @@ def labels_from_csv(label_file: str | Path, paths: Sequence[str]) -> dict[str, s
                     raise LabelFileError(
                         f"{label_file}, line {rows.line_num}: expected a path and a label, found {row}"
                     )
+                if any("\ud800" <= character <= "\udfff" for character in row["label"]):
+                    raise LabelFileError(f"{label_file}, line {rows.line_num}: expected a label in UTF-8, found {row}")
                 candidates = [os.path.normpath(os.path.join(folder, row["path"])) for folder in folders]
                 path = next(filter(os.path.lexists, candidates), candidates[0])
                 labels[path] = row["label"]

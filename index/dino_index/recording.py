@@ -10,21 +10,16 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TypeVar
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow
+from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.collections import CollectionInfo, advance_generation, join_path, relative_path, source_paths
 from dino_index.embedding import EmbeddedFile, FailedFile
 from dino_index.errors import ImageError
 from dino_index.image_files import ListedFile
-
-_T = TypeVar("_T")
-
-_MAX_BOUND_PARAMETERS = 500
 
 
 class Sources:
@@ -67,10 +62,10 @@ def is_below(path: str, folder: str) -> bool:
 class BatchRecorder:
     """One transaction's view of one batch. `record` it once."""
 
-    def __init__(self, session: Session, collection: CollectionInfo, sources: Sources) -> None:
+    def __init__(self, session: Session, collection: CollectionInfo) -> None:
         self._session = session
         self._collection = collection
-        self._sources = sources
+        self._sources = Sources(source_paths(session, collection))
         self.moved_ids: set[int] = set()
         """Images that were found again under another path."""
 
@@ -79,11 +74,15 @@ class BatchRecorder:
         counts: Counter[str] = Counter()
         rows = self._rows_by_path([outcome.file.path for outcome in outcomes])
         embedded = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedFile)]
-        self._store_vectors(embedded)
+        without_vector = self._store_vectors(embedded)
         moved = self._rows_by_content([item.facts.sha256 for item in embedded if item.file.path not in rows])
         for outcome in outcomes:
             path = outcome.file.path
             row = rows.get(path)
+            if isinstance(outcome, EmbeddedFile) and outcome.facts.sha256 in without_vector:
+                # Entered as failed for a reason that the next run tries again.
+                error = ImageError("unreadable", "its vector was removed by another command; index it again")
+                outcome = FailedFile(outcome.file, error)
             if isinstance(outcome, FailedFile):
                 counts[self._record_failure(outcome.file, outcome.error, row)] += 1
                 continue
@@ -105,7 +104,7 @@ class BatchRecorder:
         found: dict[str, ImageRow] = {}
         for source_id in {source_id for source_id, _ in keys}:
             names = [name for key, name in keys if key == source_id]
-            for part in _parts(names):
+            for part in bound_parts(names):
                 rows = self._session.scalars(
                     select(ImageRow).where(ImageRow.source_id == source_id, ImageRow.path.in_(part))
                 )
@@ -115,7 +114,7 @@ class BatchRecorder:
     def _rows_by_content(self, digests: Sequence[bytes]) -> dict[bytes, list[ImageRow]]:
         """Readable images with the same bytes whose own file is gone: what a moved file leaves behind."""
         found: dict[bytes, list[ImageRow]] = {}
-        for part in _parts(list(set(digests))):
+        for part in bound_parts(list(set(digests))):
             rows = self._session.scalars(
                 select(ImageRow).where(
                     ImageRow.collection_id == self._collection.id,
@@ -129,21 +128,29 @@ class BatchRecorder:
                     found.setdefault(row.sha256, []).append(row)
         return found
 
-    def _store_vectors(self, items: Sequence[EmbeddedFile]) -> None:
-        new = {item.facts.sha256: item for item in items if item.cls_D is not None}
+    def _store_vectors(self, items: Sequence[EmbeddedFile]) -> set[bytes]:
+        """Adds the vectors that the catalog lacks; returns the digests of items that have none, old or new."""
+        digests = {item.facts.sha256 for item in items}
         model_id = self._collection.model_id
-        for part in _parts(list(new)):
-            stored = select(EmbeddingRow.sha256).where(
-                EmbeddingRow.model_id == model_id, EmbeddingRow.kind == "cls", EmbeddingRow.sha256.in_(part)
+        stored: set[bytes] = set()
+        for part in bound_parts(list(digests)):
+            stored |= set(
+                self._session.scalars(
+                    select(EmbeddingRow.sha256).where(
+                        EmbeddingRow.model_id == model_id, EmbeddingRow.kind == "cls", EmbeddingRow.sha256.in_(part)
+                    )
+                )
             )
-            for digest in self._session.scalars(stored):
-                del new[digest]
-        self._session.add_all(
-            EmbeddingRow(sha256=digest, model_id=model_id, kind=kind, region="full", vector=vector.tobytes())
+        new = {item.facts.sha256: item for item in items if item.cls_D is not None}
+        rows = [
+            {"sha256": digest, "model_id": model_id, "kind": kind, "region": "full", "vector": vector.tobytes()}
             for digest, item in new.items()
             for kind, vector in (("cls", item.cls_D), ("gem", item.gem_D))
-            if vector is not None
-        )
+            if vector is not None and digest not in stored
+        ]
+        if rows:
+            self._session.execute(insert(EmbeddingRow), rows)
+        return digests - stored - new.keys()
 
     def _record_image(self, item: EmbeddedFile, row: ImageRow | None, labels: Mapping[str, str] | None) -> str:
         facts, path = item.facts, item.file.path
@@ -194,10 +201,5 @@ def remove_images(session: Session, collection: CollectionInfo, image_ids: Seque
     generation = advance_generation(session, collection)
     for image_id in image_ids:
         forget_vector(session, collection, image_id, generation)
-    for part in _parts(image_ids):
+    for part in bound_parts(image_ids):
         session.execute(delete(ImageRow).where(ImageRow.id.in_(part)))
-
-
-def _parts(values: Sequence[_T]) -> list[Sequence[_T]]:
-    """The values in runs that are short enough for one IN clause."""
-    return [values[begin : begin + _MAX_BOUND_PARAMETERS] for begin in range(0, len(values), _MAX_BOUND_PARAMETERS)]

@@ -24,7 +24,8 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, storage_errors
-from dino_index.collections import CollectionInfo, generation_of
+from dino_index.collections import CollectionInfo, generation_of, option_for
+from dino_index.errors import CatalogUnavailable
 
 INDEX_TYPE = "flat"
 
@@ -44,7 +45,10 @@ class SnapshotDamaged(Exception):
 
 
 def load_vectors(session: Session, collection: CollectionInfo, *, after_generation: int = -1) -> Vectors:
-    """Search vectors (normalised [CLS]) of readable images that got theirs after a generation."""
+    """Search vectors (normalised [CLS]) of readable images that got theirs after a generation.
+
+    Raises CatalogUnavailable for a vector of the wrong length.
+    """
     changed = (
         select(ImageRow.id, EmbeddingRow.vector)
         .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
@@ -66,6 +70,11 @@ def load_vectors(session: Session, collection: CollectionInfo, *, after_generati
     for part in session.execute(changed, execution_options={"yield_per": _ROWS_PER_FETCH}).partitions():
         end = begin + len(part)
         ids_N[begin:end] = [row.id for row in part]
+        if any(len(row.vector) != 2 * collection.dim for row in part):
+            raise CatalogUnavailable(
+                f"collection {collection.name!r} has an embedding that is no vector of {collection.dim} numbers; "
+                f"run: dino-search verify --repair{option_for(collection.name)}"
+            )
         raw = np.frombuffer(b"".join(row.vector for row in part), np.float16)
         vectors_ND[begin:end] = normalise(raw.reshape(len(part), collection.dim))
         begin = end
@@ -73,7 +82,7 @@ def load_vectors(session: Session, collection: CollectionInfo, *, after_generati
 
 
 def stored_vector(session: Session, collection: CollectionInfo, sha256: bytes) -> NDArray[np.float16] | None:
-    """The raw [CLS] of these bytes, (1, D), where the catalog has it."""
+    """The raw [CLS] of these bytes, (1, D), where the catalog has it and it is whole."""
     vector = session.scalars(
         select(EmbeddingRow.vector).where(
             EmbeddingRow.sha256 == sha256,
@@ -82,7 +91,9 @@ def stored_vector(session: Session, collection: CollectionInfo, sha256: bytes) -
             EmbeddingRow.region == "full",
         )
     ).one_or_none()
-    return None if vector is None else np.frombuffer(vector, np.float16)[None]
+    if vector is None or len(vector) != 2 * collection.dim:
+        return None
+    return np.frombuffer(vector, np.float16)[None]
 
 
 def normalise(vectors_ND: NDArray[np.float16 | np.float32]) -> NDArray[np.float32]:
@@ -137,7 +148,9 @@ def read_snapshot(catalog: Catalog, collection: CollectionInfo, row: SnapshotRow
         num_bytes = path.stat().st_size
         if num_bytes != row.num_bytes:
             raise SnapshotDamaged(f"{path} has {num_bytes} bytes, expected {row.num_bytes}")
-        index = faiss.read_index(str(path))
+        # Not by name: FAISS takes only names that are UTF-8.
+        with open(path, "rb") as file:
+            index = faiss.read_index(faiss.PyCallbackIOReader(file.read))  # type: ignore[attr-defined]
     except (OSError, RuntimeError) as error:
         raise SnapshotDamaged(f"{path} cannot be read: {error}") from error
     if index.ntotal != row.num_vectors or index.d != collection.dim:

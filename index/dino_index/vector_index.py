@@ -6,6 +6,7 @@ Shapes: Q queries, K results, D channels.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import faiss
@@ -20,9 +21,11 @@ from dino_index.snapshots import SnapshotDamaged, Vectors, build_index, load_vec
 
 logger = logging.getLogger(__name__)
 
-# Two sums of the same products in another order differ in the seventh digit; equal vectors must tie.
 _SCORE_DECIMALS = 6
 _SPARE_FOR_TIES = 16
+# Float32 sums of the same products in another order differ in the seventh digit. They only choose candidates, with
+# this margin; final scores are float64 sums, so that equal vectors tie wherever they lie.
+_TIE_MARGIN = 2e-6
 
 
 class VectorIndex:
@@ -64,40 +67,40 @@ class VectorIndex:
 
     def search(
         self, queries_QD: NDArray[np.float32], k: int, *, allowed_ids: NDArray[np.int64] | None = None
-    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """For each query (ids, scores) of its k nearest vectors: cosine, best first, ties by id.
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """For each query (ids, scores) of its k nearest vectors: cosine to 6 decimals, best first, ties by id.
 
         queries_QD: float32, unit length. k: at least 1; fewer come back only where fewer exist.
         allowed_ids: the only images to find; None for all.
         """
         assert k >= 1, k
         assert queries_QD.shape[1] == self._snapshot.d, queries_QD.shape
-        delta_ids, delta_vectors = self._delta.ids_N, self._delta.vectors_ND
+        delta = self._delta
         if allowed_ids is not None:
-            kept = np.isin(delta_ids, allowed_ids)
-            delta_ids, delta_vectors = delta_ids[kept], delta_vectors[kept]
-        delta_scores = queries_QD @ delta_vectors.T
+            kept = np.isin(delta.ids_N, allowed_ids)
+            delta = Vectors(delta.ids_N[kept], delta.vectors_ND[kept])
+        delta_scores_QN = queries_QD @ delta.vectors_ND.T
         results = []
-        for query_1D, new_scores in zip(queries_QD[:, None], delta_scores, strict=True):
-            ids, scores = self._search_snapshot(query_1D, k, allowed_ids)
-            results.append(_best(np.concatenate([ids, delta_ids]), np.concatenate([scores, new_scores]), k))
+        for query_D, delta_scores_N in zip(queries_QD, delta_scores_QN, strict=True):
+            candidates = self._search_snapshot(query_D, k, allowed_ids), (delta, delta_scores_N)
+            results.append(_best(query_D, candidates, k))
         return results
 
     def _search_snapshot(
-        self, query_1D: NDArray[np.float32], k: int, allowed_ids: NDArray[np.int64] | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """At least the k best of the snapshot, with all that tie with the last of them."""
+        self, query_D: NDArray[np.float32], k: int, allowed_ids: NDArray[np.int64] | None
+    ) -> tuple[Vectors, NDArray[np.float32]]:
+        """At least the k best of the snapshot with their scores, and all that may tie with the last of them."""
         parameters = self._selection(allowed_ids)
         num_fetched = min(k + _SPARE_FOR_TIES, self._snapshot.ntotal)
         while num_fetched:
-            scores, ids = (row[0] for row in self._snapshot.search(query_1D, num_fetched, params=parameters))
+            scores, ids = (row[0] for row in self._snapshot.search(query_D[None], num_fetched, params=parameters))
             found = ids >= 0
             ids, scores = ids[found], scores[found]
             complete = len(ids) < num_fetched or num_fetched == self._snapshot.ntotal
-            if complete or _rounded(scores[k - 1]) > _rounded(scores[-1]):
-                return ids, scores
+            if complete or scores[-1] < scores[k - 1] - _TIE_MARGIN:
+                return Vectors(ids, self._snapshot.reconstruct_batch(ids)), scores
             num_fetched = min(4 * num_fetched, self._snapshot.ntotal)
-        return np.empty(0, np.int64), np.empty(0, np.float32)
+        return Vectors(np.empty(0, np.int64), np.empty((0, self._snapshot.d), np.float32)), np.empty(0, np.float32)
 
     def _selection(self, allowed_ids: NDArray[np.int64] | None) -> Any:
         """FAISS search parameters that leave out masked ids and keep to the allowed ones; None for no limit."""
@@ -121,11 +124,16 @@ def _masked_ids(
     return np.union1d(np.array(removed, np.int64), delta.ids_N)
 
 
-def _best(ids: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    rounded = _rounded(scores)
+def _best(
+    query_D: NDArray[np.float32], candidates: Sequence[tuple[Vectors, NDArray[np.float32]]], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The k best candidates by exact score; the scores that they come with only spare computing it for all."""
+    scores = np.concatenate([scores_N for _, scores_N in candidates])
+    scores = scores[np.isfinite(scores)]
+    lowest = np.partition(scores, -k)[-k] - _TIE_MARGIN if len(scores) > k else -np.inf
+    near = [(vectors, np.flatnonzero(scores_N >= lowest)) for vectors, scores_N in candidates]
+    ids = np.concatenate([vectors.ids_N[kept] for vectors, kept in near])
+    vectors_ND = np.concatenate([vectors.vectors_ND[kept] for vectors, kept in near])
+    rounded = np.round(vectors_ND.astype(np.float64) @ query_D.astype(np.float64), _SCORE_DECIMALS)
     order = np.lexsort((ids, -rounded))[:k]
     return ids[order], rounded[order]
-
-
-def _rounded(scores: Any) -> Any:
-    return np.round(scores, _SCORE_DECIMALS)

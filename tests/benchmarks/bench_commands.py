@@ -40,14 +40,14 @@ def fill_collection(home: Path, photos: Path, model: Path) -> float:
     files = list_images([photos]).files
     with catalog.writing() as session:
         collection = create_collection(session, "default", spec, backbone.dim)
-        sources = Sources.covering(session, collection, [str(photos)])
+        Sources.covering(session, collection, [str(photos)])
         items = []
         for file in files:
             digest = hashlib.sha256(Path(file.path).read_bytes()).digest()
             facts = FileFacts(digest, file.size, file.mtime_ns, 500, 375)
             vector = rng.standard_normal(backbone.dim).astype(np.float16)
             items.append(EmbeddedFile(file, facts, vector, vector))
-        BatchRecorder(session, collection, sources).record(items, None)
+        BatchRecorder(session, collection).record(items, None)
     write_snapshot(catalog, collection)
     catalog.close()
     return forward_s * len(files)

@@ -1,6 +1,6 @@
 """The catalog: the SQL database that is the single source of truth about collections and their images."""
 
-from dino_index.catalog.database import Catalog, storage_errors
+from dino_index.catalog.database import Catalog, bound_parts, storage_errors
 from dino_index.catalog.schema import (
     Base,
     CollectionRow,
@@ -22,5 +22,6 @@ __all__ = [
     "RemovalRow",
     "SnapshotRow",
     "SourceRow",
+    "bound_parts",
     "storage_errors",
 ]

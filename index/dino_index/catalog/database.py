@@ -6,10 +6,10 @@ import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, create_engine, event, text
 from sqlalchemy.exc import DatabaseError, OperationalError
@@ -21,7 +21,10 @@ from dino_index.errors import CatalogError, CatalogTooNew, CatalogUnavailable, S
 DATABASE_NAME = "catalog.sqlite3"
 MIGRATIONS = Path(__file__).with_name("migrations")
 
+_T = TypeVar("_T")
+
 _BUSY_TIMEOUT_S = 120
+_MAX_BOUND_PARAMETERS = 500
 _WRITE = "dino_index_write"
 
 
@@ -86,6 +89,11 @@ class Catalog:
         self._engine.dispose()
 
 
+def bound_parts(values: Sequence[_T]) -> list[Sequence[_T]]:
+    """The values in runs that are short enough for one IN clause."""
+    return [values[begin : begin + _MAX_BOUND_PARAMETERS] for begin in range(0, len(values), _MAX_BOUND_PARAMETERS)]
+
+
 def upgrade(path: Path, migrations: Path = MIGRATIONS, revision: str = SCHEMA_REVISION) -> Path | None:
     """Creates the database file or migrates it to `revision`; returns the backup copy that was made, if any.
 
@@ -118,7 +126,7 @@ def upgrade(path: Path, migrations: Path = MIGRATIONS, revision: str = SCHEMA_RE
                 if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchone():
                     raise CatalogError(
                         f"migrating {path} to schema {revision} would leave a broken reference in {broken[0]}; "
-                        "it stays as it was: check it with `verify`, or restore a backup of it"
+                        "it stays as it was; use the version before, or restore a backup of it"
                     )
         finally:
             engine.dispose()
@@ -138,7 +146,7 @@ def _revision(path: Path) -> str | None:
     """The schema revision of the file; None for a file that is not there or holds no schema yet."""
     if not path.is_file():
         return None
-    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+    with closing(sqlite3.connect(_sqlite_uri(path), uri=True, timeout=_BUSY_TIMEOUT_S)) as connection:
         has_schema = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
         if connection.execute(has_schema).fetchone() is None:
             return None
@@ -147,8 +155,7 @@ def _revision(path: Path) -> str | None:
 
 
 def _create_engine(path: Path, *, enforce_references: bool = True) -> Engine:
-    # Not as a string: a path may hold what has a meaning in a URL.
-    url = URL.create("sqlite", database=str(path))
+    url = URL.create("sqlite", database=_sqlite_uri(path), query={"uri": "true"})
     engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
 
     # The driver would begin transactions late and never for reads; beginning them ourselves gives a read the same
@@ -168,6 +175,19 @@ def _create_engine(path: Path, *, enforce_references: bool = True) -> Engine:
     return engine
 
 
+def _sqlite_uri(path: Path) -> str:
+    """The file as SQLite is to open it.
+
+    To read in WAL mode, SQLite creates files beside the database, unless it is told that nobody can write. On a
+    medium that is mounted read-only that is so, once no changes wait in the log that a killed process left behind.
+    """
+    if hasattr(os, "statvfs") and os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        log = path.with_name(f"{path.name}-wal")
+        if not log.exists() or log.stat().st_size == 0:
+            return f"{path.as_uri()}?immutable=1"
+    return path.as_uri()
+
+
 @contextmanager
 def storage_errors(home: Path) -> Iterator[None]:
     """Translates errors of the database and of files under `home`.
@@ -185,16 +205,23 @@ def storage_errors(home: Path) -> Iterator[None]:
 
 def _translated(error: BaseException, home: Path) -> CatalogError | None:
     """Our error for one of the database or the file system; None where it is no storage problem."""
-    message = str(getattr(error, "orig", None) or error)
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in message:
+    original = getattr(error, "orig", None) or error
+    message, number = str(original), getattr(error, "errno", None)
+    # A full disk may first refuse the file through which SQLite's readers and writers agree, in other words.
+    is_full = "disk is full" in message or getattr(original, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"
+    if number in (errno.ENOSPC, errno.EDQUOT) or is_full:
         free = shutil.disk_usage(home if home.exists() else home.parent).free
         return StorageFull(
             f"no space left in {home} ({free / 1e6:.0f} MB free); what was committed before is intact: "
             "free some space, or use another --home, and run the same command again"
         )
+    if "unable to open" in message:
+        return CatalogUnavailable(
+            f"{home} cannot be written, which even reading a catalog takes ({message}); "
+            "choose a writable folder with --home"
+        )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or any(
-        words in message for words in ("readonly", "unable to open", "authorization denied")
+        words in message for words in ("readonly", "authorization denied")
     ):
         return CatalogUnavailable(f"{home} cannot be written ({message}); choose a writable folder with --home")
     if number in (errno.ENOTDIR, errno.EEXIST):

@@ -1,0 +1,123 @@
+"""Accidents inside a command, arranged in its process before it starts: the code that meets them is the real one.
+
+For the `prepare` of `forked_commands.CommandLine`; arguments are given with functools.partial.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def write_snapshots_early() -> None:
+    """Every indexing run ends with writing a snapshot, not only one of thousands of images."""
+    import dino_index.indexing
+
+    dino_index.indexing._MIN_DELTA_TO_COMPACT = 1
+
+
+def wait_for(path: Path) -> None:
+    """Commands that wait for the same file start at the same moment."""
+    while not path.exists():
+        time.sleep(0.001)
+
+
+def die_before(function: str) -> None:
+    """The process is killed when it calls the function, given as `module:name`."""
+    module, name = function.split(":")
+    setattr(importlib.import_module(module), name, _die)
+
+
+def die_in_the_middle_of_a_snapshot() -> None:
+    _write_half_then(_die)
+
+
+def hang_in_the_middle_of_a_snapshot() -> None:
+    _write_half_then(_hang)
+
+
+def _write_half_then(accident: Any) -> None:
+    import faiss
+
+    whole_writer = faiss.PyCallbackIOWriter  # type: ignore[attr-defined]
+
+    def half_writer(write: Any) -> Any:
+        def write_half(data: bytes) -> int:
+            if len(data) < 1000:  # the header
+                return int(write(data))
+            write(data[: len(data) // 2])
+            write.__self__.flush()
+            accident()
+            raise AssertionError("not reached")
+
+        return whole_writer(write_half)
+
+    faiss.PyCallbackIOWriter = half_writer  # type: ignore[attr-defined]
+
+
+def hang_in_forward_pass(number: int) -> None:
+    """The forward pass of this number, counted from 1, takes a minute."""
+    from dino_index.backbones import Backbone
+
+    embed, calls = Backbone.embed, []
+
+    def embed_or_hang(self: Backbone, pixels_BHWC: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            _hang()
+        return embed(self, pixels_BHWC)
+
+    Backbone.embed = embed_or_hang  # type: ignore[method-assign]
+
+
+def spoil_files_after_listing(folder: Path) -> None:
+    """What is called "now …" in the folder becomes that between listing and reading."""
+    indexing: Any = importlib.import_module("dino_index.indexing")
+    list_images = indexing.list_images
+
+    def list_then_spoil(*arguments: Any, **options: Any) -> Any:
+        listing = list_images(*arguments, **options)
+        for path in sorted(folder.glob("now *")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            kind = path.name.split(" ", 1)[1].split(".")[0]
+            if kind == "a folder":
+                path.mkdir()
+            elif kind == "a pipe":
+                os.mkfifo(path)
+            elif kind == "empty":
+                path.touch()
+            elif kind == "a link to nowhere":
+                path.symlink_to("nowhere")
+        return listing
+
+    indexing.list_images = list_then_spoil
+
+
+def obey_file_permissions() -> None:
+    """As for any other user, permissions count for root: the capabilities that pass them are given up."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, for capabilities 0..31 and 32..63
+    dac_override, dac_read_search = 1 << 1, 1 << 2
+    refused = libc.capget(version_3, sets)
+    for position in range(3):
+        sets[position] &= ~(dac_override | dac_read_search)
+    if refused or libc.capset(version_3, sets):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+
+
+def _die(*_arguments: Any, **_options: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
+def _hang() -> None:
+    time.sleep(60)
