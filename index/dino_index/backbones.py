@@ -5,6 +5,9 @@ Shapes: B pictures, H x W pixels, C = 3 colours, D channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +30,7 @@ _BATCH_SIZES = {("cpu", False): 16, ("cpu", True): 32, ("cuda", False): 128, ("c
 
 
 class Backbone:
-    """One loaded model: `embed` turns squares of pixels into (CLS, GeM) vectors. One thread at a time."""
+    """One loaded model: `embed` turns squares of pixels into (CLS, GeM) vectors, in any thread."""
 
     def __init__(self, spec: ModelSpec, *, device: Device = "auto", dtype: torch.dtype | None = None) -> None:
         """Builds the architecture and loads the weights.
@@ -46,6 +49,26 @@ class Backbone:
         self._scale = 1 / self._per_channel(spec.std)
         self.dim = int(self.embed_tensor(torch.zeros(1, spec.input_size, spec.input_size, 3))[0].shape[1])
 
+    @property
+    def num_passes(self) -> int:
+        """How many forward passes run at a time where there are many to do: one a processor, one on a GPU."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
+    @contextmanager
+    def forward_threads(self) -> Iterator[ThreadPoolExecutor]:
+        """`num_passes` threads to call `embed` in, each of which computes on one processor alone.
+
+        Threads that share one pass wait for each other at every layer, and the longer the more other work there is
+        (decoding). Two passes side by side do 1.2 to 1.3 times as many pictures as one over two processors.
+        """
+        num_threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.num_passes, "forward", initializer=self._compute_alone)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)
+
     def embed(self, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         """(cls_BD, gem_BD) of RGB squares of the model's input size, raw and in float16 as they are stored."""
         cls_BD, gem_BD = self.embed_tensor(torch.from_numpy(pixels_BHWC))
@@ -57,6 +80,10 @@ class Backbone:
         pictures_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, copy=True)
         pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
         return descriptors(self._model, pictures_BCHW.to(self.dtype).contiguous(), self.spec.pooling)
+
+    def _compute_alone(self) -> None:
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).mul(255).view(1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""From files to vectors: decode workers feed one forward loop through a bounded window.
+"""From files to vectors: decode workers feed one loop, which hands whole batches to forward passes, all bounded.
 
 Only a fixed number of pictures is ever in memory, however large the collection is.
 """
@@ -6,11 +6,10 @@ Only a fixed number of pictures is ever in memory, however large the collection 
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,6 @@ from dino_index.images import decode
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone
 
-# Threads that decode yield the processor to the threads of the forward pass, which wait for each other.
-_DECODER_NICENESS = 19
 _FIRST_BATCH_SIZE = 16
 # Files that need no forward pass are recorded in larger transactions, but not without end.
 _MAX_BATCHES_WITHOUT_FORWARD = 16
@@ -109,6 +106,7 @@ def embed_files(
     backbone: Backbone | None = None
     batch: list[_Decoded | FailedFile] = []
     new: set[bytes] = set()
+    running: deque[Future[list[EmbeddedFile | FailedFile]]] = deque()
 
     def batch_size() -> int:
         return settings.batch_size or (backbone.batch_size if backbone else _FIRST_BATCH_SIZE)
@@ -116,17 +114,26 @@ def embed_files(
     def load(file: ListedFile) -> _Decoded | FailedFile:
         return _load(file, input_size, find_embedded, settings.limits)
 
-    for outcome in _in_order(load, files, settings.num_workers, lambda: 2 * batch_size()):
-        batch.append(outcome)
-        if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
-            new.add(outcome.facts.sha256)
-            # The model loads while the workers decode ahead.
-            backbone = backbone or load_backbone()
-        if len(new) >= batch_size() or len(batch) >= _MAX_BATCHES_WITHOUT_FORWARD * batch_size():
-            yield _embed(batch, backbone)
-            batch, new = [], set()
-    if batch:
-        yield _embed(batch, backbone)
+    with ExitStack() as stack:
+        # Until a picture needs the model, batches hold only what needs no forward pass.
+        forward, num_passes = stack.enter_context(ThreadPoolExecutor(1)), 1
+        for outcome in _in_order(load, files, settings.num_workers, lambda: 2 * batch_size()):
+            batch.append(outcome)
+            if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
+                new.add(outcome.facts.sha256)
+                if backbone is None:
+                    # The model loads while the workers decode ahead.
+                    backbone = load_backbone()
+                    forward, num_passes = stack.enter_context(backbone.forward_threads()), backbone.num_passes
+            if len(new) >= batch_size() or len(batch) >= _MAX_BATCHES_WITHOUT_FORWARD * batch_size():
+                running.append(forward.submit(_embed, batch, backbone))
+                batch, new = [], set()
+            while len(running) > num_passes:
+                yield running.popleft().result()
+        if batch:
+            running.append(forward.submit(_embed, batch, backbone))
+        while running:
+            yield running.popleft().result()
 
 
 def _embed(batch: list[_Decoded | FailedFile], backbone: Backbone | None) -> list[EmbeddedFile | FailedFile]:
@@ -174,7 +181,7 @@ def _in_order(
 ) -> Iterator[_Decoded | FailedFile]:
     """`load` of each file by worker threads, in the files' order, and so many files ahead of the caller."""
     pending: deque[Future[_Decoded | FailedFile]] = deque()
-    workers = ThreadPoolExecutor(num_workers, "decode", initializer=_lower_priority)
+    workers = ThreadPoolExecutor(num_workers, "decode")
     try:
         for file in files:
             pending.append(workers.submit(load, file))
@@ -184,9 +191,3 @@ def _in_order(
             yield pending.popleft().result()
     finally:
         workers.shutdown(wait=True, cancel_futures=True)
-
-
-def _lower_priority() -> None:
-    # On Linux a thread has a priority of its own; elsewhere this would slow the whole process.
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 # Reasons that lie outside the file's content: worth another try although the file looks unchanged.
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
+# What a killed run loses at most.
+_IMAGES_A_TRANSACTION = 64
+_MAX_UNRECORDED_S = 1.0
 _MAX_PRUNED_FRAC = 0.2
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
 _MIN_DELTA_TO_COMPACT = 1000
@@ -246,6 +249,7 @@ class _Run:
                 )
 
     def embed_and_record(self, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]) -> None:
+        self._embedded_digests = self._load_embedded_digests() if self._to_read else set()
         self._record(
             [
                 FailedFile(ListedFile(failure.path, 0, 0), ImageError(failure.reason, failure.message))
@@ -259,9 +263,9 @@ class _Run:
             self._options.embedding,
         )  # fmt: skip
         with closing(batches):
-            for batch in batches:
-                self._record(batch)
-                done += len(batch)
+            for outcomes in _gathered(batches):
+                self._record(outcomes)
+                done += len(outcomes)
                 on_progress(Progress(done=done, total=total, failed=self.summary.failed))
                 if should_stop():
                     break
@@ -356,6 +360,8 @@ class _Run:
 
     def _find_embedded(self, sha256: bytes) -> tuple[int, int] | None:
         """Width and height of an image with these bytes whose vectors under this model are in the catalog."""
+        if sha256 not in self._embedded_digests:
+            return None
         with self._catalog.reading() as session:
             row = session.execute(
                 select(ImageRow.width, ImageRow.height)
@@ -369,6 +375,12 @@ class _Run:
             ).one_or_none()
         return (row.width, row.height) if row else None
 
+    def _load_embedded_digests(self) -> set[bytes]:
+        """Bytes that have vectors under this model: asking the catalog about each file costs a millisecond."""
+        with self._catalog.reading() as session:
+            of_model = EmbeddingRow.model_id == self._collection.model_id, EmbeddingRow.kind == "cls"
+            return set(session.scalars(select(EmbeddingRow.sha256).where(*of_model)))
+
     def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> None:
         if not batch:
             return
@@ -377,6 +389,7 @@ class _Run:
             counts = recorder.record(batch, self._labels)
         for name, count in counts.items():
             setattr(self.summary, name, getattr(self.summary, name) + count)
+        self._embedded_digests.update(item.facts.sha256 for item in batch if isinstance(item, EmbeddedFile))
         self.summary.moved += len(recorder.moved_ids)
         self._moved_ids |= recorder.moved_ids
 
@@ -404,6 +417,21 @@ class _Run:
         ignored = sum(self._listing.ignored.values())
         found = f"found {ignored} other files ({', '.join(sorted(self._listing.ignored))})" if ignored else "found none"
         return f"expected images under {where}, {found}; run: dino-search index FOLDER-WITH-PICTURES"
+
+
+def _gathered(
+    batches: Iterable[list[EmbeddedFile | FailedFile]],
+) -> Iterator[list[EmbeddedFile | FailedFile]]:
+    """Batches joined for one transaction each: a transaction costs as much as some 25 images in it."""
+    gathered: list[EmbeddedFile | FailedFile] = []
+    begun = time.monotonic()
+    for batch in batches:
+        gathered += batch
+        if len(gathered) >= _IMAGES_A_TRANSACTION or time.monotonic() - begun > _MAX_UNRECORDED_S:
+            yield gathered
+            gathered, begun = [], time.monotonic()
+    if gathered:
+        yield gathered
 
 
 def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:
