@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Reasons that lie outside the file's content: worth another try although the file looks unchanged.
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
-# What a killed run loses at most.
+# What a killed run loses at most. A transaction costs as much as some 25 images in it.
 _IMAGES_A_TRANSACTION = 64
 _MAX_UNRECORDED_S = 1.0
 _MAX_PRUNED_FRAC = 0.2
@@ -262,13 +262,23 @@ class _Run:
             self._to_read, self._load_backbone, self._spec.input_size, self._find_embedded,
             self._options.embedding,
         )  # fmt: skip
+        unrecorded: list[EmbeddedFile | FailedFile] = []
+        recorded_at = time.monotonic()
         with closing(batches):
-            for outcomes in _gathered(batches):
-                self._record(outcomes)
-                done += len(outcomes)
-                on_progress(Progress(done=done, total=total, failed=self.summary.failed))
-                if should_stop():
+            for batch in batches:
+                unrecorded += batch
+                stop = should_stop()
+                late = time.monotonic() - recorded_at > _MAX_UNRECORDED_S
+                if stop or late or len(unrecorded) >= _IMAGES_A_TRANSACTION:
+                    self._record(unrecorded)
+                    done += len(unrecorded)
+                    unrecorded, recorded_at = [], time.monotonic()
+                    on_progress(Progress(done=done, total=total, failed=self.summary.failed))
+                if stop:
                     break
+        self._record(unrecorded)
+        done += len(unrecorded)
+        on_progress(Progress(done=done, total=total, failed=self.summary.failed))
         self.summary.interrupted = done < total
         self.summary.remaining = total - done
         if done:
@@ -417,21 +427,6 @@ class _Run:
         ignored = sum(self._listing.ignored.values())
         found = f"found {ignored} other files ({', '.join(sorted(self._listing.ignored))})" if ignored else "found none"
         return f"expected images under {where}, {found}; run: dino-search index FOLDER-WITH-PICTURES"
-
-
-def _gathered(
-    batches: Iterable[list[EmbeddedFile | FailedFile]],
-) -> Iterator[list[EmbeddedFile | FailedFile]]:
-    """Batches joined for one transaction each: a transaction costs as much as some 25 images in it."""
-    gathered: list[EmbeddedFile | FailedFile] = []
-    begun = time.monotonic()
-    for batch in batches:
-        gathered += batch
-        if len(gathered) >= _IMAGES_A_TRANSACTION or time.monotonic() - begun > _MAX_UNRECORDED_S:
-            yield gathered
-            gathered, begun = [], time.monotonic()
-    if gathered:
-        yield gathered
 
 
 def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:

@@ -346,7 +346,7 @@ def fill_disk(disk: Path, *, leave_kb: int = 0) -> Path:
 def test_a_disk_that_fills_up_stops_the_run_with_one_line(
     photos: Photos, dino_search: CommandLine, mount: Callable[..., Path]
 ) -> None:
-    disk = mount("size=900k")
+    disk = mount("size=650k")
     home = disk / "home"
     first = dino_search.run("index", photos.folder / "hills", "--model", photos.model, "--home", home)
     assert first.exit_code == 0, first
