@@ -55,14 +55,6 @@ def dino_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Eight pictures in two folders."""
-    folder = tmp_path / "photos"
-    write_pictures(folder, *(f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(4)))
-    return folder
-
-
-@pytest.fixture
 def filled(dino_search: Command, photos: Path, tiny_model: Path) -> Path:
     """The folder of pictures, indexed with labels."""
     assert dino_search("index", photos, "--model", tiny_model, "--labels", "folders").code == 0

@@ -27,13 +27,6 @@ from sample_collections import save_tiny_model, write_pictures
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    write_pictures(folder, *(f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(4)))
-    return folder
-
-
-@pytest.fixture
 def opened(home: Path, tiny_model: Path, photos: Path) -> Iterator[Collection]:
     """Eight pictures of two labels under the tiny model."""
     with Collection.open(home=home, model=tiny_model) as collection:
