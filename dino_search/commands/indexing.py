@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dino_index.model_files import BUNDLED_VERSION
 from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, complain, print_json, print_line, tell
+from dino_search.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +81,7 @@ def index(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
-    with opened, _stopping_on_signals() as signals, _progress_bar() as show:
+    with opened, stopping_on_signals("this batch") as signals, _progress_bar() as show:
         summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
     if as_json:
         print_json(summary.to_json())
@@ -131,25 +130,6 @@ def _ledger_of(collection: str) -> str:
 def _tell_counts(what: str, counts: Mapping[str, int]) -> None:
     if counts:
         tell(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
-
-
-@contextmanager
-def _stopping_on_signals() -> Iterator[list[int]]:
-    """Signals that have asked the run to stop; a second one stops it at once."""
-    received: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt(number)
-        received.append(number)
-        tell("stopping after this batch; once more to stop at once")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Backbone:
         self.spec = spec
         self.device = choose_device(device)
         self.dtype = dtype or fastest_dtype(self.device)
-        self._model = _build(spec).to(self.device, self.dtype)
+        self._model = load_model(spec).to(self.device, self.dtype)
         self.batch_size = _BATCH_SIZES[self.device.type, self.dtype == torch.bfloat16]
         """Pictures in one forward pass that suit the device."""
         # Pixels are 0..255: scaling by 255 is folded into the normalisation.
@@ -111,7 +111,11 @@ def _to_float16(vectors_BD: Tensor) -> NDArray[np.float16]:
     return values
 
 
-def _build(spec: ModelSpec) -> nn.Module:
+def load_model(spec: ModelSpec) -> nn.Module:
+    """The architecture with its weights, for pictures of the spec's input size; in evaluation mode, without gradients.
+
+    Raises ArchitectureUnknown, WeightsMismatch, ModelError.
+    """
     try:
         weights = load_file(spec.weights_path)
     except (SafetensorError, OSError) as error:

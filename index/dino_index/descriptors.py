@@ -21,7 +21,7 @@ def descriptors(model: nn.Module, pictures_BCHW: Tensor, pooling: Pooling) -> tu
     """
     features = model.forward_features(pictures_BCHW)  # type: ignore[operator]
     tokens_BND = _patch_tokens(model, features)
-    cls_BD = _global_token(model, features)
+    cls_BD = global_token(model, features)
     return cls_BD.float(), gem(tokens_BND.float(), pooling)
 
 
@@ -37,16 +37,16 @@ def gem(tokens_BND: Tensor, pooling: Pooling) -> Tensor:
     return F.normalize(pooled_BD, dim=-1) if pooling == "normalised" else pooled_BD
 
 
+def global_token(model: nn.Module, features: Tensor) -> Tensor:
+    """The [CLS] token of `forward_features`, raw; for an architecture without one (ResNet-50), its pooled features."""
+    if features.ndim == 3 and getattr(model, "cls_token", None) is not None:
+        return features[:, 0]
+    pooled: Tensor = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    return pooled.flatten(1)
+
+
 def _patch_tokens(model: nn.Module, features: Tensor) -> Tensor:
     if features.ndim == 4:
         channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
     return features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
-
-
-def _global_token(model: nn.Module, features: Tensor) -> Tensor:
-    """The [CLS] token; for an architecture without one (ResNet-50), its own pooled features."""
-    if features.ndim == 3 and getattr(model, "cls_token", None) is not None:
-        return features[:, 0]
-    pooled: Tensor = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-    return pooled.flatten(1)

@@ -19,6 +19,12 @@ DinoSearchError
 │   ├── SourceNotFound      a given path does not exist or cannot be listed
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
 │   └── PruneRefused        pruning would drop more than looks intended
+├── RecipeError             a pretraining recipe with an unknown key or a value out of range
+├── RunError
+│   ├── RunExists           the output folder holds a run already
+│   ├── RunNotFound         nothing to resume, or a checkpoint that cannot be read
+│   ├── TooFewImages        fewer images than a batch takes
+│   └── TrainingDiverged    loss or gradients stayed infinite or not a number
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── OutputExists            a file that would be overwritten without --force
 └── OutputUnwritable        a result that cannot be written where it should go
@@ -140,6 +146,32 @@ class NoImagesFound(SourceError):
 
 class PruneRefused(SourceError):
     code = "prune_refused"
+
+
+class RecipeError(DinoSearchError):
+    code = "recipe"
+
+
+class RunError(DinoSearchError):
+    """A pretraining run that cannot begin or go on."""
+
+    code = "run"
+
+
+class RunExists(RunError):
+    code = "run_exists"
+
+
+class RunNotFound(RunError):
+    code = "run_not_found"
+
+
+class TooFewImages(RunError):
+    code = "too_few_images"
+
+
+class TrainingDiverged(RunError):
+    code = "training_diverged"
 
 
 class LabelFileError(DinoSearchError):

@@ -91,14 +91,22 @@ class DecodedImage:
     height: int
 
 
-def decode(data: bytes, *, size: tuple[int, int] | None = None, limits: ReadLimits = DEFAULT_LIMITS) -> DecodedImage:
+def decode(
+    data: bytes,
+    *,
+    size: tuple[int, int] | None = None,
+    max_short_side: int | None = None,
+    limits: ReadLimits = DEFAULT_LIMITS,
+) -> DecodedImage:
     """Pixels of an image file: upright, sRGB, over white; the first frame or page of several.
 
     size: (width, height) that the whole picture is squashed to, bicubic and antialiased; None keeps its own.
-    JPEG files are decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still covers `size`.
+    max_short_side: the whole picture keeps its aspect ratio and is reduced so that its shorter side has no more
+    pixels than that; a smaller picture stays as it is. Not together with `size`.
+    JPEG files are decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still covers the target.
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, truncated, corrupt, unsupported.
     """
-    _check_target(size)
+    _check_target(size, max_short_side)
     check_num_bytes(len(data), limits)
     format_name = image_format(data[:HEAD_BYTES])
     if format_name is None:
@@ -110,13 +118,14 @@ def decode(data: bytes, *, size: tuple[int, int] | None = None, limits: ReadLimi
         # one format after another.
         with _plugin(format_name)(io.BytesIO(data)) as image:
             _check_pixels(image.size, limits)
-            return _decode_opened(image, size)
+            return _decode_opened(image, size, max_short_side)
 
 
 def load_image(
     source: str | os.PathLike[str] | bytes | Image.Image,
     *,
     size: tuple[int, int] | None = None,
+    max_short_side: int | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
 ) -> DecodedImage:
     """Pixels of a path, of an image file's bytes or of a Pillow image, all treated as `decode` does.
@@ -125,21 +134,37 @@ def load_image(
     Raises ImageError as `read_file` and `decode` do.
     """
     if isinstance(source, bytes):
-        return decode(source, size=size, limits=limits)
+        return decode(source, size=size, max_short_side=max_short_side, limits=limits)
     if not isinstance(source, Image.Image):
-        return decode(read_file(source, limits).data, size=size, limits=limits)
-    _check_target(size)
+        return decode(read_file(source, limits).data, size=size, max_short_side=max_short_side, limits=limits)
+    _check_target(size, max_short_side)
     if min(source.size) < 1:
         raise ImageError("empty", f"the picture has no pixels: {source.width} x {source.height}")
     _check_pixels(source.size, limits)
     with _decoding_errors(source.format or "image", None):
         source.load()
-        return _finish(source, size, _orientation(source), source.size)
+        orientation = _orientation(source)
+        return _finish(source, _target(size, max_short_side, source.size, orientation), orientation, source.size)
 
 
-def _check_target(size: tuple[int, int] | None) -> None:
+def _check_target(size: tuple[int, int] | None, max_short_side: int | None) -> None:
+    if size is not None and max_short_side is not None:
+        raise ValueError(f"either size or max_short_side can be given, not both: {size!r} and {max_short_side!r}")
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be (width, height) of at least 1 pixel each, not {size!r}")
+    if max_short_side is not None and max_short_side < 1:
+        raise ValueError(f"max_short_side must be at least 1 pixel, not {max_short_side!r}")
+
+
+def _target(
+    size: tuple[int, int] | None, max_short_side: int | None, stored_size: tuple[int, int], orientation: int
+) -> tuple[int, int] | None:
+    """The upright (width, height) to resize to, None to keep the picture's own."""
+    if max_short_side is None or min(stored_size) <= max_short_side:
+        return size
+    width, height = _as_stored(stored_size, orientation)
+    short = min(width, height)
+    return round(width * max_short_side / short), round(height * max_short_side / short)
 
 
 def _check_pixels(size: tuple[int, int], limits: ReadLimits) -> None:
@@ -159,15 +184,19 @@ def _plugin(format_name: str) -> type[ImageFile.ImageFile]:
     return cast(type[ImageFile.ImageFile], getattr(importlib.import_module(module), class_name))
 
 
-def _decode_opened(image: ImageFile.ImageFile, size: tuple[int, int] | None) -> DecodedImage:
+def _decode_opened(
+    image: ImageFile.ImageFile, size: tuple[int, int] | None, max_short_side: int | None
+) -> DecodedImage:
     if image.format != "JPEG":
         # HEIC would lend its embedded thumbnail for a small size: not taken, since nothing makes sure that
         # it shows the same picture.
         image.load()
         # Not before loading: TIFF is turned upright by its reader, PNG may carry EXIF behind the pixels.
-        return _finish(image, size, _orientation(image), image.size)
+        orientation = _orientation(image)
+        return _finish(image, _target(size, max_short_side, image.size, orientation), orientation, image.size)
     orientation = _orientation(image)
     stored_size = image.size
+    size = _target(size, max_short_side, stored_size, orientation)
     box = None
     if size is not None:
         drafted = image.draft("RGB", _as_stored(size, orientation))

@@ -559,6 +559,78 @@ def test_extreme_shapes_are_squashed() -> None:
             assert np.abs(decoded.pixels_HWC.astype(int) - RED).max() <= 3
 
 
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF"])
+@pytest.mark.parametrize(
+    ("stored", "reduced"),
+    [((300, 200), (60, 40)), ((200, 301), (40, 60)), ((80, 80), (40, 40)), ((41, 500), (40, 488))],
+)
+def test_shorter_side_is_reduced_and_the_shape_kept(
+    format_name: str, stored: tuple[int, int], reduced: tuple[int, int]
+) -> None:
+    data = encoded(picture(*stored), format_name)
+    decoded = decode(data, max_short_side=40)
+    assert (decoded.width, decoded.height) == stored
+    assert decoded.pixels_HWC.shape == (reduced[1], reduced[0], 3)
+    assert np.array_equal(decoded.pixels_HWC, decode(data, size=reduced).pixels_HWC)
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG"])
+@pytest.mark.parametrize("max_short_side", [SIZE[1], SIZE[1] + 1, 10_000])
+def test_short_side_within_the_limit_changes_nothing(format_name: str, max_short_side: int) -> None:
+    data = encoded(picture(), format_name)
+    assert np.array_equal(decode(data, max_short_side=max_short_side).pixels_HWC, decode(data).pixels_HWC)
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "TIFF"])
+def test_picture_stored_sideways_is_reduced_upright(format_name: str) -> None:
+    scene = corners().resize((1200, 800), Image.Resampling.NEAREST)
+    data = encoded(
+        scene.transpose(Image.Transpose.ROTATE_90), format_name, exif=exif_orientation(6).tobytes(), quality=95
+    )
+    decoded = decode(data, max_short_side=40)
+    assert (decoded.width, decoded.height) == (1200, 800)
+    assert decoded.pixels_HWC.shape == (40, 60, 3)
+    for colour, x, y in ((RED, 15, 10), (GREEN, 45, 10), (BLUE, 15, 30), (WHITE, 45, 30)):
+        assert np.abs(decoded.pixels_HWC[y, x].astype(int) - colour).max() <= 12, colour
+
+
+def test_reduced_jpeg_is_decoded_at_a_smaller_scale_and_close_to_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    scene = picture(1600, 1200)
+    drafts = []
+    draft = JpegImageFile.draft
+
+    def note_draft(self: JpegImageFile, mode: str, size: tuple[int, int]) -> Any:
+        drafted = draft(self, mode, size)
+        drafts.append(self.size)
+        return drafted
+
+    monkeypatch.setattr(JpegImageFile, "draft", note_draft)
+    pixels_HWC = decode(encoded(scene, "JPEG", quality=95), max_short_side=96).pixels_HWC
+    assert drafts == [(200, 150)]
+    exact = np.asarray(scene.resize((128, 96), Image.Resampling.BICUBIC))
+    assert difference(pixels_HWC, exact) < 1.5
+
+
+def test_path_bytes_and_pillow_image_are_reduced_alike(tmp_path: Path) -> None:
+    image = picture(300, 200)
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(image, "PNG"))
+    expected = decode(path.read_bytes(), max_short_side=40).pixels_HWC
+    for source in (path, path.read_bytes(), image):
+        assert np.array_equal(load_image(source, max_short_side=40).pixels_HWC, expected)
+
+
+def test_targets_that_contradict_are_a_mistake_of_the_caller() -> None:
+    data = encoded(picture(), "PNG")
+    for source in (data, picture()):
+        with pytest.raises(ValueError, match="not both"):
+            load_image(source, size=(5, 5), max_short_side=5)
+        with pytest.raises(ValueError, match="max_short_side must be at least 1"):
+            load_image(source, max_short_side=0)
+
+
 # --- queries
 
 

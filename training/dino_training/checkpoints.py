@@ -1,0 +1,60 @@
+"""Checkpoints: all state of a run in one file, the last two kept, none ever half written."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_index.errors import OutputUnwritable, RunNotFound
+
+FOLDER = "checkpoints"
+_KEPT = 2
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes under a temporary name, syncs, renames, then drops all but the last two.
+
+    state: tensors, numbers, text, lists and dicts. Raises OutputUnwritable; earlier checkpoints are then untouched.
+    """
+    folder = run / FOLDER
+    path = folder / f"step-{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        for old in list_checkpoints(run)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        partial.unlink(missing_ok=True)
+        raise OutputUnwritable(
+            f"checkpoint {path} cannot be written: {error}; earlier checkpoints are intact: free some space "
+            "and go on with --resume"
+        ) from error
+    return path
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """The newest checkpoint that can be read. Raises RunNotFound."""
+    problem = "none was written yet"
+    for path in reversed(list_checkpoints(run)):
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        except Exception as error:
+            problem = f"{path.name} cannot be read: {error}"
+    raise RunNotFound(f"{run} holds no checkpoint to resume from ({problem})")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint files, oldest first."""
+    folder = run / FOLDER
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []

@@ -1,0 +1,67 @@
+"""The processes of a run: one, or several that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others of the run. All do the same steps on parts of the same batch."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and tells the user."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensor over all processes; without gradient."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return self.add_up(tensor) / self.size
+
+    def others(self, tensor_GBC: Tensor) -> Tensor | None:
+        """The same tensor of all other processes, along the second dimension; None where there are none."""
+        if self.size == 1:
+            return None
+        gathered = [torch.empty_like(tensor_GBC) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor_GBC.contiguous())
+        return torch.cat([part for rank, part in enumerate(gathered) if rank != self.rank], dim=1)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.size == 1 else bool(self.add_up(torch.tensor(float(flag), device=device)).item())
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """The processes that torchrun has started (it sets RANK and WORLD_SIZE), connected; otherwise this one alone."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
