@@ -88,7 +88,6 @@ def train(arguments: argparse.Namespace, out: Path) -> list[float]:
         accelerator="cpu",
         devices=1,
         precision=arguments.precision,
-        float32_matmul_precision=arguments.matmul_precision,
         loggers={"jsonl": None, "tensorboard": None},
         callbacks={
             "learning_rate_monitor": None,
@@ -116,8 +115,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=4, help="at least 1; they do not count")
     parser.add_argument("--prototypes", type=int, default=8192)
     parser.add_argument("--local-views", type=int, default=6)
-    parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
-    parser.add_argument("--matmul-precision", choices=["highest", "high", "medium"], default="highest")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
