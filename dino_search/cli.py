@@ -30,7 +30,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            complain("interrupted; what was recorded before stays, and the same command goes on from there")
+            complain("interrupted; what was recorded before stays")
             number = interrupt.args[0] if interrupt.args else signal.SIGINT
             raise typer.Exit(128 + number) from interrupt
 

@@ -19,7 +19,14 @@ from unittest.mock import patch
 _FORK_SERVER = multiprocessing.get_context("forkserver")
 # Imported only, never used in the server: threads that it started would be missing in its children.
 _FORK_SERVER.set_forkserver_preload(
-    ["alembic.command", "dino_index.backbones", "dino_index.integrity", "dino_search.cli", "dino_search.collection"]
+    [
+        "alembic.command",
+        "dino_index.backbones",
+        "dino_index.integrity",
+        "dino_search.cli",
+        "dino_search.collection",
+        "dino_training.pretraining",
+    ]
 )
 
 

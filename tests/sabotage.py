@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import io
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,6 +61,54 @@ def _write_half_then(accident: Any) -> None:
         return whole_writer(write_half)
 
     faiss.PyCallbackIOWriter = half_writer  # type: ignore[attr-defined]
+
+
+def die_in_the_middle_of_a_checkpoint(number: int) -> None:
+    """The process is killed when half of its checkpoint of this number, counted from 1, is written."""
+    import torch
+
+    save, calls = torch.save, []
+
+    def save_or_die(state: Any, file: Any) -> None:
+        calls.append(1)
+        if len(calls) < number:
+            save(state, file)
+            return
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        _die()
+
+    torch.save = save_or_die  # type: ignore[assignment]
+
+
+def hang_in_training(step: int) -> None:
+    """The forward pass of this step, counted from 1, takes a minute."""
+    from dino_training.batches import Batch
+
+    views, calls = Batch.views, []
+
+    def views_or_hang(self: Batch, recipe: Any, device: Any) -> Any:
+        calls.append(1)
+        if len(calls) == step:
+            _hang()
+        return views(self, recipe, device)
+
+    Batch.views = views_or_hang  # type: ignore[method-assign]
+
+
+def fail_on_writing(folder: Path) -> None:
+    """The process ends with status 99 when it makes, opens for writing, renames or removes anything in the folder."""
+    changing = {"os.mkdir", "os.rename", "os.remove", "os.truncate"}
+
+    def watch(event: str, arguments: Any) -> None:
+        changes = event in changing or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        path = arguments[0] if changes else None
+        if isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith(str(folder)):
+            os._exit(99)
+
+    sys.addaudithook(watch)
 
 
 def hang_in_forward_pass(number: int) -> None:

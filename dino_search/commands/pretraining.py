@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,11 +73,14 @@ def pretrain(
             images, out, chosen, init=init, resume=resume,
             on_progress=show, on_remark=tell, should_stop=lambda: bool(signals),
         )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) == 0:
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if is_first:
         _print_summary(summary)
     if summary.status == "stopped":
-        tell("stopped; the same command with --resume goes on from there")
-        raise typer.Exit(128 + signals[0])
+        if is_first:
+            tell("stopped; the same command with --resume goes on from there")
+        # Where torchrun has started several processes, the signal may have gone to another one.
+        raise typer.Exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 
 def _load(
@@ -90,9 +95,10 @@ def _load(
     from dino_training import load_recipe
     from dino_training.pretraining import RECIPE
 
-    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
+    # In quotes: a path may look like YAML.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     if teacher is not None:
-        overrides += ["teacher=frozen", f"teacher_model={teacher}"]
+        overrides += ["teacher=frozen", f"teacher_model={json.dumps(teacher)}"]
         if recipe is not None and not any(setting.startswith("loss=") for setting in settings):
             overrides += ["loss=infonce"]
     if recipe is None and resume and (out / RECIPE).is_file():
@@ -149,16 +155,17 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
 
 def _plain_lines() -> Callable[[Progress], None]:
-    """At most one line in ten seconds, so that a log file stays readable."""
+    """At most one line in ten seconds, and one at the end of each activity, so that a log file stays readable."""
     from time import monotonic
 
-    last_shown = -10.0
+    last_shown, last_line = -10.0, ""
 
     def show(progress: Progress) -> None:
-        nonlocal last_shown
-        if monotonic() - last_shown >= 10 or progress.done == progress.total:
-            last_shown = monotonic()
-            tell(f"{progress.activity} {progress.done}/{progress.total}  {_in_words(progress.figures)}".rstrip())
+        nonlocal last_shown, last_line
+        line = f"{progress.activity} {progress.done}/{progress.total}  {_in_words(progress.figures)}".rstrip()
+        if line != last_line and (monotonic() - last_shown >= 10 or progress.done == progress.total):
+            last_shown, last_line = monotonic(), line
+            tell(line)
 
     return show
 

@@ -1,6 +1,6 @@
 """Backbones: a timm architecture with local weights, loaded strictly, ready to embed pictures.
 
-Shapes: B pictures, H x W pixels, C = 3 colours, D channels.
+Shapes: B pictures, H x W pixels, C channels of a picture (red, green, blue, or grey alone), D channels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from dino_index.errors import ArchitectureUnknown, ModelError, WeightsMismatch
 from dino_index.model_files import ModelSpec
 
 Device = Literal["auto", "cpu", "cuda"]
+
+# Shares of red, green and blue in the grey that a model of one channel sees (ITU-R BT.601).
+GREY = (0.299, 0.587, 0.114)
 
 _MAX_KEYS_LISTED = 8
 # By device and whether it computes in bfloat16. On processors the activations should stay in the cache.
@@ -47,6 +50,7 @@ class Backbone:
         # Pixels are 0..255: scaling by 255 is folded into the normalisation.
         self._shift = self._per_channel(spec.mean)
         self._scale = 1 / self._per_channel(spec.std)
+        self._grey_shares = torch.tensor(GREY, device=self.device).view(1, 3, 1, 1)
         self.dim = int(self.embed_tensor(torch.zeros(1, spec.input_size, spec.input_size, 3))[0].shape[1])
 
     @property
@@ -76,8 +80,10 @@ class Backbone:
 
     @torch.inference_mode()
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as float32 tensors on the model's device. pixels_BHWC: uint8 or float, 0..255."""
+        """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
         pictures_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, copy=True)
+        if len(self.spec.mean) == 1:
+            pictures_BCHW = (pictures_BCHW * self._grey_shares).sum(dim=1, keepdim=True)
         pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
         return descriptors(self._model, pictures_BCHW.to(self.dtype).contiguous(), self.spec.pooling)
 
@@ -86,7 +92,7 @@ class Backbone:
             torch.set_num_threads(1)
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=self.device).mul(255).view(1, 3, 1, 1)
+        return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
 
 
 def choose_device(device: Device) -> torch.device:

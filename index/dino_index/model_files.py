@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class ModelSpec:
     input_size: int
     """Side in pixels of the square that every picture is resized to."""
     mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each channel, 0..1: three values, or one for a model of grey pictures (`in_chans` 1)."""
     std: tuple[float, ...] = IMAGENET_STD
     pooling: Pooling = "normalised"
     origin: str = "its description"
@@ -59,8 +61,12 @@ class ModelSpec:
             raise ModelError(f"input_size must be between 8 and 4096 px, found {self.input_size}")
         if self.pooling not in get_args(Pooling):
             raise ModelError(f"pooling must be one of {', '.join(get_args(Pooling))}, found {self.pooling!r}")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ModelError(f"mean and std must have 3 values, one a colour channel, found {self.mean} and {self.std}")
+        channels = self.architecture_args.get("in_chans", 3)
+        if channels not in (1, 3):
+            raise ModelError(f"in_chans must be 3 (colour) or 1 (grey), found {channels!r}")
+        if len(self.mean) != channels or len(self.std) != channels:
+            values = "3 values, one a colour channel" if channels == 3 else "1 value, as in_chans is 1"
+            raise ModelError(f"mean and std must have {values}, found {self.mean} and {self.std}")
         if min(self.std) <= 0:
             raise ModelError(f"std must be above 0, found {self.std}")
 
@@ -115,8 +121,8 @@ def resolve_model(model: str | Path = BUNDLED, *, pooling: Pooling = "normalised
     if str(model) in (BUNDLED, BUNDLED_VERSION):
         path = Path(__file__).parent / "weights" / f"{BUNDLED_VERSION}.safetensors"
         return _spec(BUNDLED_VERSION, path, _read_json(path.with_suffix(".json")), pooling, "its description")
-    path = Path(model).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(model))
+    if not os.path.isfile(path):
         raise ModelNotFound(
             f"no model {str(model)!r}: expected '{BUNDLED}' or the path of a .safetensors file, found no such file"
         )
@@ -258,7 +264,10 @@ def _description_by_file_name(path: Path) -> dict[str, Any]:
             f"(vit_small_patch16_224.safetensors) or put {path.stem}.json beside it with "
             '{"architecture": NAME, "input_size": PIXELS}'
         )
-    preset = timm.get_pretrained_cfg(path.stem) or timm.get_pretrained_cfg(architecture)
+    try:
+        preset = timm.get_pretrained_cfg(path.stem)
+    except RuntimeError:  # no tag of timm's
+        preset = timm.get_pretrained_cfg(architecture)
     return {
         "architecture": architecture,
         "input_size": preset.input_size[-1] if preset else 224,

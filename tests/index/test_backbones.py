@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bad_files import picture
@@ -111,6 +112,23 @@ def test_the_whole_picture_is_seen_and_the_channels_are_in_order(tiny: Backbone)
     corner = pixels.copy()
     corner[0, -1, -1] ^= 255
     assert not np.array_equal(base, tiny.embed(corner)[0])
+
+
+@torch.inference_mode()
+def test_a_model_of_grey_pictures_sees_their_luminance(tmp_path: Path) -> None:
+    path, model = saved(tmp_path, "vit_tiny_patch16_224", 32, num_classes=0, in_chans=1, depth=1, img_size=32)
+    beside = path.with_suffix(".json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"mean": [0.45], "std": [0.22]}))
+    pixels = squares(3, 32)
+    luminance_BHW = np.stack([np.asarray(Image.fromarray(square).convert("L")) for square in pixels])
+    expected = model.forward_features((torch.from_numpy(luminance_BHW).unsqueeze(1).float() / 255 - 0.45) / 0.22)
+    # Pillow rounds luminance to whole numbers.
+    torch.testing.assert_close(
+        float32(path).embed_tensor(torch.from_numpy(pixels))[0], expected[:, 0], atol=0.03, rtol=0
+    )
+    as_grey = luminance_BHW[..., None].repeat(3, axis=-1)
+    exact = float32(path).embed_tensor(torch.from_numpy(as_grey))[0]
+    torch.testing.assert_close(exact, expected[:, 0], atol=1e-4, rtol=1e-4)
 
 
 # --- strictness

@@ -130,6 +130,19 @@ def test_the_tag_in_a_name_decides_the_preprocessing(tmp_path: Path) -> None:
     assert (spec.mean, spec.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+def test_a_tag_that_is_none_of_timms_does_not_matter(tmp_path: Path) -> None:
+    spec = resolve_model(save_anything(tmp_path / "vit_small_patch16_224.mine.safetensors"))
+    assert (spec.architecture, spec.input_size) == ("vit_small_patch16_224", 224)
+
+
+def test_a_model_of_grey_pictures_has_one_mean_and_deviation(tmp_path: Path) -> None:
+    path = save_anything(tmp_path / "weights.safetensors")
+    path.with_suffix(".json").write_text(description(architecture_args={"in_chans": 1}, mean=[0.4], std=[0.2]))
+    spec = resolve_model(path)
+    assert (spec.mean, spec.std) == ((0.4,), (0.2,))
+    assert ModelSpec.from_config(spec.name, json.loads(json.dumps(spec.config()))).config() == spec.config()
+
+
 # --- what cannot be used
 
 
@@ -139,7 +152,10 @@ def test_weights_that_nothing_describes_are_refused_with_a_way_out(tmp_path: Pat
         resolve_model(path)
 
 
-@pytest.mark.parametrize("name", ["vit_gigantic", "missing.safetensors", "", "no/such/folder/x.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_gigantic", "missing.safetensors", "", "no/such/folder/x.safetensors", "~nobody-of-that-name/x", "x" * 300],
+)
 def test_a_model_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ModelNotFound, match="expected 'bundled' or the path"):
         resolve_model(name)
@@ -188,7 +204,11 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, missing: int) -> N
         (json.dumps({"architecture": "resnet18"}), r"lacks \['input_size'\]"),
         (description(input_size=0), "input_size must be between 8 and 4096"),
         (description(input_size="large"), "wrong kind"),
-        (description(mean=[0.5]), "mean and std must have 3 values"),
+        (description(mean=[0.5]), "mean and std must have 3 values, one a colour channel"),
+        (description(mean=[0.5], std=[0.5]), "mean and std must have 3 values, one a colour channel"),
+        (description(architecture_args={"in_chans": 1}), "mean and std must have 1 value, as in_chans is 1"),
+        (description(architecture_args={"in_chans": 1}, mean=[0.5]), "mean and std must have 1 value"),
+        (description(architecture_args={"in_chans": 4}, mean=[0.5] * 4, std=[0.5] * 4), "in_chans must be 3 .* or 1"),
         (description(std=[0.5, 0.5, 0.0]), "std must be above 0"),
         (description(architecture_args=3), "wrong kind"),
         ("[1, 2]", "JSON object"),

@@ -67,11 +67,12 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch_mean_K: Tensor) -> None:
-        """Starts at the mean of the first batch, before its loss is taken."""
+        """Starts at the mean of the first batch, or of a part of it, before its loss is taken."""
         self.value.copy_(batch_mean_K)
 
     @torch.no_grad()
     def update(self, batch_mean_K: Tensor) -> None:
         """Moves on by the mean over the whole batch, after the loss has been taken with the old value."""
-        self.value.lerp_(batch_mean_K, 1 - self.momentum)
+        # A first batch in parts has begun with the mean of a part.
+        self.value.lerp_(batch_mean_K, 1.0 if self.awaits_first_batch else 1 - self.momentum)
         self.num_updates += 1

@@ -30,14 +30,14 @@ class Collapse:
 
 
 class CollapseWatch:
-    """Follows the figures of each step and names a collapse once."""
+    """Follows the figures of each step and names each kind of collapse once."""
 
     def __init__(self, num_prototypes: int | None, *, ignore_steps: int) -> None:
         """num_prototypes: K, or None for a loss without prototypes. ignore_steps: how long a flat start is usual."""
         self._ln_k = math.log(num_prototypes) if num_prototypes and num_prototypes > 1 else None
         self._ignore_steps = ignore_steps
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW_STEPS)
-        self._named: str | None = None
+        self._named: set[str] = set()
 
     def observe(self, step: int, *, entropy: float, mean_entropy: float, spread: float) -> Collapse | None:
         """A collapse that was not named before, or None.
@@ -50,9 +50,9 @@ class CollapseWatch:
             return None
         entropy, mean_entropy, spread = (sum(values) / len(values) for values in zip(*self._recent, strict=True))
         found = self._name(entropy, mean_entropy, spread)
-        if found is None or found.kind == self._named:
+        if found is None or found.kind in self._named:
             return None
-        self._named = found.kind
+        self._named.add(found.kind)
         return found
 
     def _name(self, entropy: float, mean_entropy: float, spread: float) -> Collapse | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,29 +34,47 @@ class Processes:
     def mean(self, tensor: Tensor) -> Tensor:
         return self.add_up(tensor) / self.size
 
+    def gather(self, tensor_BC: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks, and so the same in each of them."""
+        return torch.cat(self._gathered(tensor_BC)) if self.size > 1 else tensor_BC
+
     def others(self, tensor_GBC: Tensor) -> Tensor | None:
         """The same tensor of all other processes, along the second dimension; None where there are none."""
         if self.size == 1:
             return None
-        gathered = [torch.empty_like(tensor_GBC) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor_GBC.contiguous())
-        return torch.cat([part for rank, part in enumerate(gathered) if rank != self.rank], dim=1)
+        parts = self._gathered(tensor_GBC)
+        return torch.cat([part for rank, part in enumerate(parts) if rank != self.rank], dim=1)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process."""
         return flag if self.size == 1 else bool(self.add_up(torch.tensor(float(flag), device=device)).item())
+
+    def from_first(self, find: Callable[[], str]) -> str:
+        """What `find` gives the first process, which alone calls it."""
+        found = [find() if self.is_first else ""]
+        if self.size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
 
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+
+ALONE = Processes()
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun has started (it sets RANK and WORLD_SIZE), connected; otherwise this one alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield Processes()
+        yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

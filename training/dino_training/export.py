@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from dino_index.errors import OutputUnwritable
 from dino_index.model_files import METADATA_KEY
-from dino_training.networks import architecture_args
+from dino_training.networks import architecture_args, build_backbone
 from dino_training.recipe import Recipe
 
 
@@ -37,7 +40,8 @@ def export_backbone(backbone: nn.Module, recipe: Recipe, path: Path, card: dict[
         save_file(weights, partial, metadata={METADATA_KEY: json.dumps(description)})
         os.replace(partial, path)
     except Exception as error:  # safetensors raises an error of its own for a full disk
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputUnwritable(f"{path} cannot be written: {error}") from error
 
 
@@ -49,8 +53,20 @@ def same_architecture(recipe: Recipe, architecture: str, architecture_arguments:
     if architecture != recipe.architecture:
         return f"expected {recipe.architecture}, found {architecture}"
     ignored = {"img_size", "dynamic_img_size", "num_classes"}
-    wanted = {key: value for key, value in architecture_args(recipe).items() if key not in ignored}
-    found = {key: value for key, value in architecture_arguments.items() if key not in ignored}
-    if wanted != found:
-        return f"expected {recipe.architecture} with {wanted or 'no arguments'}, found {found or 'no arguments'}"
-    return None
+    wanted, found = (
+        {key: value for key, value in arguments.items() if key not in ignored}
+        for arguments in (architecture_args(recipe), architecture_arguments)
+    )
+    differing = {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
+    # What is not given is as the architecture has it: of these two, names and shapes of tensors tell.
+    if differing <= {"patch_size", "depth"}:
+        with torch.device("meta"):
+            ours = build_backbone(recipe, student=False)
+            theirs = timm.create_model(architecture, pretrained=False, num_classes=0, **found)
+        if _shapes(ours) == _shapes(theirs):
+            return None
+    return f"expected {recipe.architecture} with {wanted or 'no arguments'}, found {found or 'no arguments'}"
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name != "pos_embed"}

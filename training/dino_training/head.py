@@ -44,12 +44,13 @@ class Prototypes(nn.Module):
     def __init__(self, in_features: int, num_prototypes: int, *, fixed_length: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(nn.Linear(in_features, num_prototypes, bias=False).weight.detach().clone())
-        self.length = None if fixed_length else nn.Parameter(torch.ones(num_prototypes))
+        # Of two dimensions, so that lengths decay like weights, as they do in the reference implementation.
+        self.length = None if fixed_length else nn.Parameter(torch.ones(num_prototypes, 1))
 
     def forward(self, projections_BC: Tensor) -> Tensor:
         """logits_BK: the cosine of each projection and each prototype, times the prototype's length."""
         logits_BK = F.linear(projections_BC, F.normalize(self.weight, dim=-1, eps=1e-12))
-        return logits_BK if self.length is None else logits_BK * self.length
+        return logits_BK if self.length is None else logits_BK * self.length.T
 
 
 class Predictor(nn.Module):

@@ -96,7 +96,7 @@ def koleo(features_BD: Tensor) -> Tensor:
         return features_BD.new_zeros(())
     unit_BD = F.normalize(features_BD.float(), dim=-1, eps=1e-8)
     cosines_BB = (unit_BD @ unit_BD.T).detach()
-    nearest_B = cosines_BB.fill_diagonal_(-1).argmax(dim=1)
+    nearest_B = cosines_BB.fill_diagonal_(-math.inf).argmax(dim=1)
     distances_B = F.pairwise_distance(unit_BD, unit_BD[nearest_B], eps=1e-8)
     spreading: Tensor = -torch.log(distances_B + 1e-8).mean()
     return spreading
@@ -107,12 +107,13 @@ def sinkhorn(logits_GBK: Tensor, temperature: float, add_up: Callable[[Tensor], 
 
     Each view is balanced by itself. add_up: sums a tensor over all processes.
     """
-    num_prototypes = logits_GBK.shape[-1]
-    # The highest value of all processes would do as well; a view's own keeps exp from overflowing, and any factor
-    # of a row is divided out again.
-    shares_GBK = torch.exp((logits_GBK - logits_GBK.amax(dim=(1, 2), keepdim=True)).double() / temperature)
-    # That factor differs between processes, so the first division is by rows.
-    shares_GBK = shares_GBK / shares_GBK.sum(dim=-1, keepdim=True)
+    _, num_images, num_prototypes = logits_GBK.shape
+    logits_GBK = logits_GBK.double() / temperature
+    log_sums_GB1 = logits_GBK.logsumexp(dim=-1, keepdim=True)
+    # The first division counts rows by their sums. A factor that a whole view shares is divided out again, so sums are
+    # taken relative to their mean, which all processes agree on: exp stays finite at any logits.
+    mean_G11 = add_up(log_sums_GB1.sum(dim=1, keepdim=True)) / add_up(torch.full_like(log_sums_GB1[:, :1], num_images))
+    shares_GBK = torch.exp(logits_GBK - log_sums_GB1) * torch.exp((log_sums_GB1 - mean_G11).clamp(-300, 300))
     for _ in range(SINKHORN_ITERATIONS):
         shares_GBK = shares_GBK / (add_up(shares_GBK.sum(dim=1, keepdim=True)).clamp(min=1e-300) * num_prototypes)
         shares_GBK = shares_GBK / shares_GBK.sum(dim=-1, keepdim=True)

@@ -46,13 +46,18 @@ class Network(nn.Module):
         dim = int(backbone.num_features)  # type: ignore[arg-type]
         self.head = ProjectionHead(2 * dim if recipe.student_features == "cls_gem" else dim, recipe)
         self.predictor = Predictor(recipe) if predictor else None
-        self.backbone_frozen = False
-        """Trains the head alone: the backbone runs without gradients."""
+        self._backbone_frozen = False
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Trains the head alone: the backbone then runs without gradients and keeps its running statistics."""
+        if frozen != self._backbone_frozen:
+            self._backbone_frozen = frozen
+            self.backbone.train(not frozen)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """views: normalised pictures, B x C x H x W each; those of one size in a row go through together."""
         pairs = []
-        with torch.no_grad() if self.backbone_frozen else nullcontext():
+        with torch.no_grad() if self._backbone_frozen else nullcontext():
             for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-2:]):
                 pairs.append(self._features(torch.cat(list(same_size))))
         features, head_inputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -127,14 +132,15 @@ def build_backbone(recipe: Recipe, *, student: bool) -> nn.Module:
             f"architecture must be a name that timm {timm.__version__} knows, found {recipe.architecture!r}"
         )
     arguments = architecture_args(recipe)
-    if student and recipe.drop_path and is_transformer(recipe.architecture):
+    if student and recipe.drop_path:
         arguments["drop_path_rate"] = recipe.drop_path
     if student and recipe.patch_drop:
         arguments["patch_drop_rate"] = recipe.patch_drop
     try:
         backbone: nn.Module = timm.create_model(recipe.architecture, pretrained=False, num_classes=0, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise RecipeError(f"architecture_args do not fit {recipe.architecture}: {error}") from error
+    except Exception as error:  # whatever timm makes of arguments that do not fit
+        reason = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"architecture_args do not fit {recipe.architecture}: {reason}") from error
     _check_view_sizes(backbone, recipe)
     return backbone
 
@@ -207,14 +213,35 @@ def _average_into(average: nn.Module, network: nn.Module, momentum: float) -> No
             others.append(values[name])
         else:
             tensor.copy_(values[name])
-    torch._foreach_mul_(averages, momentum)
-    torch._foreach_add_(averages, others, alpha=1 - momentum)
+    torch._foreach_lerp_(averages, others, 1 - momentum)
 
 
 def _check_view_sizes(backbone: nn.Module, recipe: Recipe) -> None:
+    """Raises RecipeError unless the backbone takes pictures of every size that it will get."""
+    keys = {recipe.input_size: "export_size"}
+    keys |= {recipe.local_size: "local_size"} if recipe.local_views else {}
+    keys |= {recipe.global_size: "global_size"}
     patch_size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    if patch_size is None:
-        return
-    for key in ("global_size", "local_size") if recipe.local_views else ("global_size",):
-        if (size := getattr(recipe, key)) % patch_size[0]:
+    for size, key in keys.items():
+        if isinstance(patch_size, tuple) and size % patch_size[0]:
             raise RecipeError(f"{key} must be a multiple of the patch size {patch_size[0]}, found {size}")
+        try:
+            token_1D = _trial(backbone, torch.zeros(1, recipe.in_chans, size, size))
+        except Exception as error:
+            raise RecipeError(f"{recipe.architecture} does not take {key} {size}: {error}") from error
+        if token_1D.shape != (1, backbone.num_features):
+            raise RecipeError(
+                f"{recipe.architecture} gives {token_1D.shape[1]} features of an image, expected "
+                f"{backbone.num_features}, as many as its patches have; choose another architecture"
+            )
+
+
+@torch.no_grad()
+def _trial(backbone: nn.Module, pictures_BCHW: Tensor) -> Tensor:
+    """The backbone's [CLS] without any trace: no random numbers are drawn, no statistics kept."""
+    was_training = backbone.training
+    try:
+        backbone.eval()
+        return global_token(backbone, backbone.forward_features(pictures_BCHW))  # type: ignore[operator]
+    finally:
+        backbone.train(was_training)

@@ -112,10 +112,10 @@ def pretrain(
     """
     device = choose_device(recipe.device)
     with joined(device) as processes:
-        training = _Training(
-            Path(run), recipe, paths, init, resume, device, processes,
-            on_progress if processes.is_first else lambda progress: None,
-            on_remark if processes.is_first else lambda remark: None,
+        training = Training(
+            paths, Path(run), recipe, init=init, resume=resume, processes=processes,
+            on_progress=on_progress if processes.is_first else lambda progress: None,
+            on_remark=on_remark if processes.is_first else lambda remark: None,
         )  # fmt: skip
         try:
             return training.loop(should_stop)
@@ -126,27 +126,29 @@ def pretrain(
             training.close()
 
 
-class _Training:
+class Training:
     """The parts of one run, put together by `__init__`, and the loop over them."""
 
     def __init__(
         self,
+        paths: Sequence[str | Path],
         run: Path,
         recipe: Recipe,
-        paths: Sequence[str | Path],
-        init: str | Path | None,
-        resume: bool,
-        device: torch.device,
+        *,
         processes: Processes,
-        on_progress: Callable[[Progress], None],
-        on_remark: Callable[[str], None],
+        init: str | Path | None = None,
+        resume: bool = False,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_remark: Callable[[str], None] = lambda remark: None,
     ) -> None:
-        self.run, self.device, self.processes = run, device, processes
+        """As `pretrain`, which is what to call."""
+        self.run, self.processes = run, processes
+        self.device = device = choose_device(recipe.device)
         self.on_progress, self.on_remark = on_progress, on_remark
         self.warnings: list[str] = []
         self.last_figures: Figures | None = None
         self._shown: dict[str, float | None] = {}
-        state = _begin(run, resume, processes)
+        state = _begin(run, resume, processes, on_remark)
 
         # -- images, and what depends on their number
         spec = _initial_spec(init, recipe) if init is not None and state is None else None
@@ -156,13 +158,12 @@ class _Training:
         self.source = ImageSource.open([str(path) for path in paths], labels=recipe.labels)
         if state is not None:
             recipe = _resumed_recipe(state, recipe, self.source)
+            on_remark(f"going on from step {state['step']}")
         else:
             recipe, remarks = recipe.resolve(len(self.source), from_weights=init is not None)
             for remark in remarks:
                 on_remark(remark)
-        assert isinstance(recipe.epochs, int)
         assert isinstance(recipe.decode_size, int)
-        self.recipe = recipe
         self.source.prepare(
             decode_size=recipe.decode_size,
             cache_bytes=int(recipe.cache_gb * 1e9),
@@ -181,6 +182,12 @@ class _Training:
                 f"batch_size {recipe.batch_size} must be a multiple of gradient_accumulation "
                 f"{recipe.gradient_accumulation} times {processes.size} processes"
             )
+        self.frozen_NC = self._frozen_embeddings(recipe) if recipe.teacher == "frozen" else None
+        if self.frozen_NC is not None and recipe.head_bottleneck != (num_components := self.frozen_NC.shape[1]):
+            recipe = replace(recipe, head_bottleneck=num_components)
+            on_remark(f"head_bottleneck is {num_components}: so many components the teacher's embeddings have")
+        assert isinstance(recipe.epochs, int)
+        self.recipe = recipe
         self.loader = BatchLoader(
             self.source.load_readable, len(self.source), recipe, rank=processes.rank, num_processes=processes.size
         )
@@ -201,6 +208,7 @@ class _Training:
         assert isinstance(width, int)
         self.center = Center(width, recipe).to(device)
         self.negatives_NC = torch.zeros(0, recipe.head_bottleneck, device=device)
+        self._new_negatives: list[Tensor] = []
         self.head_warmup_steps = self._steps(recipe.init_head_warmup_epochs) if spec is not None else 0
 
         # -- optimiser
@@ -216,6 +224,7 @@ class _Training:
         self.started_from = str(init) if init is not None else None
         self.best_step: int | None = None
         self.best_figure = -math.inf
+        self.evaluated_step: int | None = None
         self.num_skipped = 0
         self.seconds_before = 0.0
         if state is not None:
@@ -227,14 +236,8 @@ class _Training:
             self.log = RunLog(run, last_step=self.step if state is not None else None)
             if state is None:
                 (run / METRICS).unlink(missing_ok=True)
-                save_recipe(recipe, run / RECIPE)
+            save_recipe(recipe, run / RECIPE)
             self._save_status("running")
-        self.frozen_NC = self._frozen_embeddings() if recipe.teacher == "frozen" else None
-        if self.frozen_NC is not None and self.frozen_NC.shape[1] != recipe.head_bottleneck:
-            raise RecipeError(
-                f"head_bottleneck must be the number of the teacher's components, {self.frozen_NC.shape[1]} "
-                f"(whiten_dim, but no more than its channels or images), found {recipe.head_bottleneck}"
-            )
         self.probe: Probe | None = None
         self.watch = CollapseWatch(
             recipe.num_prototypes if recipe.uses_prototypes else None,  # type: ignore[arg-type]
@@ -246,29 +249,32 @@ class _Training:
         self.parallel: nn.parallel.DistributedDataParallel | None = None
         if processes.size > 1:
             if device.type == "cuda":
-                self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)  # type: ignore[no-untyped-call]
+                for network in (self.student, self.teacher.network):
+                    nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
             self.parallel = nn.parallel.DistributedDataParallel(
                 self.student,
-                device_ids=[device.index or 0] if device.type == "cuda" else None,
                 # While the head warms up, the backbone has no gradients.
                 find_unused_parameters=self.head_warmup_steps > 0,
             )
             self.forward_student = self.parallel
         if recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda"):
-            self.student.backbone.compile()
-            self.teacher.network.backbone.compile()
+            for network in (self.student, self.teacher.network):
+                # Its `compile()` would change calls of the backbone itself alone, and there are none.
+                network.backbone.forward_features = torch.compile(network.backbone.forward_features)  # type: ignore[assignment, arg-type]
 
     def loop(self, should_stop: Callable[[], bool]) -> RunSummary:
         """All steps from the current one on. Returns after the last, or after the one that `should_stop` follows."""
         recipe, processes = self.recipe, self.processes
         steps_per_epoch = self.loader.steps_per_epoch
-        evaluate_every = self._steps(recipe.evaluate_every_epochs)
         parameters = list(self.student.parameters())
+        # Running statistics of batch normalisation change in the forward pass already.
+        statistics = [*self.student.buffers(), *self.teacher.network.buffers()]
         skipped_in_a_row = 0
         stopped = False
         last_saved = started = time.monotonic()
         first_step = self.step
-        if self.step == 0:
+        # The first one, or one that a stop left out.
+        if self.step == 0 or (self._is_evaluated_after(self.step) and self.evaluated_step != self.step):
             self._evaluate()
         self.student.train()
         self.teacher.network.train()
@@ -278,7 +284,7 @@ class _Training:
             step = self.step
             # Random layers (drop path, token dropping) depend on the seed, the step and the process alone.
             torch.manual_seed(recipe.seed + 1_000_003 * (1 + step) + 7919 * processes.rank)
-            self.student.backbone_frozen = step < self.head_warmup_steps
+            self.student.freeze_backbone(step < self.head_warmup_steps)
 
             # -- schedules
             rates = self._schedules(step)
@@ -287,7 +293,9 @@ class _Training:
                 group["weight_decay"] = rates["weight_decay"] if group["decays"] else 0.0
 
             # -- forward and backward, a part at a time
+            statistics_before = [tensor.clone() for tensor in statistics]
             totals: dict[str, Tensor] = {}
+            self._new_negatives.clear()
             for number, part in enumerate(batch.parts(recipe.gradient_accumulation)):
                 last_part = number == recipe.gradient_accumulation - 1
                 with self._gradients_stay_here() if not last_part else contextlib.nullcontext():
@@ -319,6 +327,8 @@ class _Training:
                 self.teacher.follow(self.student, rates["momentum"], epoch_ended=(step + 1) % steps_per_epoch == 0)
                 skipped_in_a_row = 0
             else:
+                for tensor, before in zip(statistics, statistics_before, strict=True):
+                    tensor.copy_(before)
                 self.num_skipped += 1
                 skipped_in_a_row += 1
             self.step = step = step + 1
@@ -331,7 +341,8 @@ class _Training:
                 if skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW and self.scaler.get_scale() <= 1:
                     raise TrainingDiverged(
                         f"loss or gradients were not finite in {skipped_in_a_row} steps in a row, up to step {step}; "
-                        "lower learning_rate, raise warmup_epochs or set precision=float32, then go on with --resume"
+                        "start a new run with a lower learning_rate or a higher warmup_epochs"
+                        + (", or go on with --resume --set precision=float32" * (self.precision != torch.float32))
                     )
             else:
                 self._watch_for_collapse(totals)
@@ -342,7 +353,7 @@ class _Training:
 
             # -- evaluate, save
             stopped = processes.any(should_stop(), self.device)
-            if step == self.num_steps or (evaluate_every and step % evaluate_every == 0 and not stopped):
+            if self._is_evaluated_after(step) and (not stopped or step == self.num_steps):
                 paused = time.monotonic()
                 self._evaluate(batch)
                 window_began += time.monotonic() - paused
@@ -393,7 +404,7 @@ class _Training:
                 targets_GBC = self.center.projections(projections_GBC)
                 loss = self._loss_of_projections(projections_VBC, targets_GBC)
                 figures["center"] = self.center.observe(projections_GBC, teacher_temperature)
-                self._new_negatives_BC = targets_GBC[0]
+                self._new_negatives.append(targets_GBC[0])
             figures["spread"] = _spread(teacher.projections)
         figures["loss"] = loss.detach()
         if recipe.koleo_weight:
@@ -422,7 +433,9 @@ class _Training:
         if self.recipe.loss == "mse":
             return losses.distance_to_stored(student_VBC, teacher_BC)
         rng = np.random.default_rng([self.recipe.seed, 2, self.step])
-        others_N = torch.from_numpy(rng.integers(0, len(self.frozen_NC), self.recipe.num_negatives))
+        others_N = own_B
+        if self.recipe.num_negatives:
+            others_N = torch.from_numpy(rng.integers(0, len(self.frozen_NC), self.recipe.num_negatives))
         same_BN = (own_B[:, None] == others_N[None, :]).to(self.device)
         return losses.contrast_with_stored(
             student_VBC, teacher_BC, self.frozen_NC[others_N].to(self.device), same_BN, self.recipe.contrast_temperature
@@ -434,13 +447,10 @@ class _Training:
 
     def _queue_negatives(self) -> None:
         """The batch's teacher projections become negatives of the steps to come, the oldest fall out."""
-        if self.recipe.loss != "infonce" or self.recipe.teacher == "frozen" or not self.recipe.num_negatives:
-            return
-        newest_BC = self._new_negatives_BC
-        others_BC = self.processes.others(newest_BC.unsqueeze(0))
-        if others_BC is not None:
-            newest_BC = torch.cat([newest_BC, others_BC[0]])
-        self.negatives_NC = torch.cat([self.negatives_NC, newest_BC])[-self.recipe.num_negatives :]
+        if self.recipe.loss == "infonce" and self._new_negatives and self.recipe.num_negatives:
+            # In the order of the batch, in every process: which are the oldest must not depend on who asks.
+            newest = [self.processes.gather(part_BC) for part_BC in self._new_negatives]
+            self.negatives_NC = torch.cat([self.negatives_NC, *newest])[-self.recipe.num_negatives :]
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
         """Gradients of all parts but the last are not exchanged between processes yet."""
@@ -468,6 +478,10 @@ class _Training:
 
     def _steps(self, epochs: float) -> int:
         return round(epochs * self.loader.steps_per_epoch)
+
+    def _is_evaluated_after(self, step: int) -> bool:
+        every = self._steps(self.recipe.evaluate_every_epochs)
+        return step == self.num_steps or (every > 0 and step % every == 0)
 
     # -- seeing what happens
 
@@ -509,6 +523,7 @@ class _Training:
 
     def _evaluate(self, batch: Batch | None = None) -> None:
         """The figures of the network that will be exported, its attention, and the best weights so far."""
+        self.evaluated_step = self.step
         if not self.processes.is_first:
             self.processes.wait()
             return
@@ -519,6 +534,8 @@ class _Training:
                 self.source.load, len(self.source), self.source.labels,
                 num_probed=recipe.num_evaluated, size=recipe.input_size, seed=recipe.seed,
             )  # fmt: skip
+            if recipe.labels != "none" and self.probe.labels_N is None:
+                self._remark("k-NN accuracy is left out: expected images of two labels or more, found fewer")
         backbone = self.teacher.network.backbone.eval()
         figures = self.last_figures = self.probe.figures(self._embed)
         if self.step == 0:
@@ -620,6 +637,7 @@ class _Training:
             "started_from": self.started_from,
             "best_step": self.best_step,
             "best_figure": self.best_figure,
+            "evaluated_step": self.evaluated_step,
             "before": asdict(self.before) if self.before else None,
             "last_figures": asdict(self.last_figures) if self.last_figures else None,
             "num_skipped": self.num_skipped,
@@ -638,30 +656,23 @@ class _Training:
         self.head_warmup_steps = state["head_warmup_steps"]
         self.started_from = state["started_from"]
         self.best_step, self.best_figure = state["best_step"], state["best_figure"]
+        self.evaluated_step = state.get("evaluated_step")
         self.before = Figures(**state["before"]) if state["before"] else None
         self.last_figures = Figures(**state["last_figures"]) if state["last_figures"] else None
         self.num_skipped, self.seconds_before = state["num_skipped"], state["seconds"]
         self.warnings = list(state["warnings"])
 
-    def _frozen_embeddings(self) -> Tensor:
-        """The frozen teacher's embedding of every image; computed by the first process, read by all."""
-        recipe = self.recipe
-        assert recipe.teacher_model is not None
-        for is_turn in (self.processes.is_first, not self.processes.is_first):
-            if is_turn:
-                embeddings_NC = stored_embeddings(
-                    prepare_teacher(recipe.teacher_model, self.run),
-                    self.source.load_readable,
-                    len(self.source),
-                    self.run,
-                    size=recipe.teacher_size,
-                    num_components=recipe.whiten_dim,
-                    device=recipe.device,
-                    identity=self.source.digest,
-                    on_progress=lambda done, total: self._tell("teacher", done, total),
-                )
-            self.processes.wait()
-        return embeddings_NC
+    def _frozen_embeddings(self, recipe: Recipe) -> Tensor:
+        """The frozen teacher's embedding of every image: all processes compute a part of them, and read all."""
+        name_or_file = recipe.teacher_model
+        assert name_or_file is not None
+        weights = self.processes.from_first(lambda: str(prepare_teacher(name_or_file, self.run / "teacher")))
+        return stored_embeddings(
+            Path(weights), self.source.load_readable, len(self.source), self.run,
+            size=recipe.teacher_size, num_components=recipe.whiten_dim, device=recipe.device,
+            identity=self.source.digest, processes=self.processes,
+            on_progress=lambda done, total: self._tell("teacher", done, total),
+        )  # fmt: skip
 
     def _finish(self, status: str) -> RunSummary:
         before, after = self.before, self.last_figures
@@ -686,11 +697,14 @@ class _Training:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Records in run.json and the report that the run ended with an error."""
+        """Records in run.json and the report that the run ended with an error, or was interrupted."""
         if self.processes.is_first:
             with contextlib.suppress(OutputUnwritable):
-                self.warnings.append(str(error) or type(error).__name__)
-                self._save_status("failed")
+                if isinstance(error, KeyboardInterrupt):
+                    self._save_status("interrupted")
+                else:
+                    self.warnings.append(str(error) or type(error).__name__)
+                    self._save_status("failed")
                 write_report(self.run)
 
     def close(self) -> None:
@@ -698,20 +712,19 @@ class _Training:
             self.log.close()
 
 
-def _begin(run: Path, resume: bool, processes: Processes) -> dict[str, Any] | None:
+def _begin(run: Path, resume: bool, processes: Processes, on_remark: Callable[[str], None]) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None for a new run in a folder that can be written."""
     if resume:
-        return load_checkpoint(run)
-    if list_checkpoints(run) or (run / WEIGHTS).exists():
-        raise RunExists(f"{run} holds a run already; go on with it by --resume, or choose another --out")
-    processes.wait()
-    if not processes.is_first:
-        return None
+        return load_checkpoint(run, on_remark)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".writable"
-        probe.touch()
-        probe.unlink()
+        if list_checkpoints(run) or (run / WEIGHTS).exists():
+            raise RunExists(f"{run} holds a run already; go on with it by --resume, or choose another --out")
+        processes.wait()
+        if processes.is_first:
+            run.mkdir(parents=True, exist_ok=True)
+            probe = run / ".writable"
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise OutputUnwritable(f"{run} cannot be written: {error.strerror}; choose another --out") from error
     return None
@@ -725,11 +738,19 @@ def _resumed_recipe(state: dict[str, Any], recipe: Recipe, source: ImageSource) 
             "the images are not those that the run began with; resume with the same ones, "
             f"or start a new run from the weights so far: --init RUN/{WEIGHTS}"
         )
-    for key in (field.name for field in fields(Recipe)):
-        was, now = getattr(saved, key), getattr(recipe, key)
-        if was != now and key not in _CHANGEABLE:
-            raise RecipeError(f"a resumed run keeps its recipe: {key} was {was!r}, found {now!r}")
-    return recipe
+    # What was chosen when the run began is chosen again, so that the command that began it also goes on with it.
+    resolved, _ = recipe.resolve(len(source), from_weights=state["started_from"] is not None)
+    not_compared = set(_CHANGEABLE)
+    not_compared |= {"mean", "std"} if state["started_from"] is not None else set()  # as the weights have them
+    not_compared |= {"head_bottleneck"} if saved.teacher == "frozen" else set()  # as many as the teacher has components
+    for key in (field.name for field in fields(Recipe) if field.name not in not_compared):
+        was, asked = getattr(saved, key), getattr(recipe, key)
+        if was not in (asked, getattr(resolved, key)):
+            raise RecipeError(
+                f"a resumed run keeps its recipe: {key} was {was!r}, found {asked!r}; "
+                "leave out --recipe and --set to keep all of it"
+            )
+    return replace(saved, **{key: getattr(resolved, key) for key in _CHANGEABLE})
 
 
 def _initial_spec(init: str | Path, recipe: Recipe) -> ModelSpec:

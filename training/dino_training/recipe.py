@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -47,7 +50,7 @@ class Recipe:
     drop_path: float = 0.1
     """Stochastic depth rate of the student's last block, rising linearly from the first; the teacher has none."""
     patch_drop: float = 0.0
-    """Fraction of patch tokens that the student leaves out of each global view, for speed."""
+    """Fraction of patch tokens that the student leaves out of each view, for speed."""
 
     # -- views
     global_size: int = 224
@@ -87,8 +90,8 @@ class Recipe:
     edits: dict[str, float] = field(default_factory=dict)
     """Extra augmentation for copy detection: probability of each edit, such as {reencode: .3, paste: .2}.
 
-    Applied to a view before its colours change. Kinds: those of `dino_index.edits`; paste uses another image
-    of the batch as the background.
+    Applied to a view before its colours change. Kinds: those of `dino_index.edits`; paste uses any image
+    of the run as the background.
     """
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each colour channel, 0..1, that pixels are normalised with; one for each of in_chans."""
@@ -277,21 +280,20 @@ def load_recipe(name_or_file: str | Path = "small", overrides: Sequence[str] = (
 
     Raises RecipeError: no such recipe, not YAML, an unknown key, a value of the wrong kind or out of range.
     """
-    values = _read_recipe(str(name_or_file), ())
+    values = _read_recipe(str(name_or_file), Path())
+    overriding: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value to set, found {override!r}")
-        values[key.strip()] = _parse_yaml(text, f"the value of {key.strip()}")
-    return recipe_from(values, "--set" if overrides else str(name_or_file))
+        overriding[key.strip()] = _parse_yaml(text, f"the value of {key.strip()}")
+    _check_keys(overriding, "--set")
+    return recipe_from(values | overriding, str(name_or_file))
 
 
 def recipe_from(values: Mapping[str, Any], origin: str) -> Recipe:
     """A recipe from plain values, as a recipe file holds them. Raises RecipeError; origin: where they came from."""
-    if unknown := [key for key in values if key not in _DOCUMENTED]:
-        close = difflib.get_close_matches(str(unknown[0]), _DOCUMENTED, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; the keys stand in training/README.md"
-        raise RecipeError(f"{origin}: unknown recipe key {unknown[0]!r}{hint}")
+    _check_keys(values, origin)
     types = typing.get_type_hints(Recipe)
     return Recipe(**{key: _coerce(types[key], value) for key, value in values.items()})
 
@@ -303,10 +305,14 @@ def recipe_names() -> list[str]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Raises OutputUnwritable."""
+    """Writes a recipe file, whole or not at all. Raises OutputUnwritable."""
+    partial = path.with_suffix(".partial")
     try:
-        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        partial.write_text(recipe.to_yaml(), encoding="utf-8")
+        os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputUnwritable(f"{path} cannot be written: {error.strerror}") from error
 
 
@@ -357,27 +363,36 @@ def _recipe_folder() -> Path:
     return next(folder for folder in _RECIPE_FOLDERS if folder.is_dir())
 
 
-def _read_recipe(name_or_file: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    path = _recipe_folder() / f"{name_or_file}.yaml"
-    if not (name_or_file in recipe_names() and path.is_file()):
-        path = Path(name_or_file).expanduser()
-    if not path.is_file():
-        raise RecipeError(f"no recipe {name_or_file!r}: expected a YAML file or one of {', '.join(recipe_names())}")
+def _read_recipe(name_or_file: str, folder: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe over those of its base. folder: what a relative path starts from."""
+    if name_or_file in recipe_names():
+        path = _recipe_folder() / f"{name_or_file}.yaml"
+    else:
+        path = Path(os.path.normpath(folder / os.path.expanduser(name_or_file)))
+    if path in seen:
+        raise RecipeError(f"{seen[-1]}: its base {name_or_file!r} starts from itself")
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        expected = ", ".join(recipe_names())
+        raise RecipeError(f"no recipe {name_or_file!r}: expected a YAML file or one of {expected}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from error
     values = _parse_yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
     base = values.pop("base", None)
-    if base is None:
-        return values
-    if base in seen or base == name_or_file:
-        raise RecipeError(f"{path}: its base {base!r} starts from itself")
-    return _read_recipe(str(base), (*seen, name_or_file)) | values
+    _check_keys(values, str(path))
+    return values if base is None else _read_recipe(str(base), path.parent, (*seen, path)) | values
+
+
+def _check_keys(values: Mapping[Any, Any], origin: str) -> None:
+    if unknown := [key for key in values if key not in _DOCUMENTED]:
+        close = difflib.get_close_matches(str(unknown[0]), _DOCUMENTED, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; the keys stand in training/README.md"
+        raise RecipeError(f"{origin}: unknown recipe key {unknown[0]!r}{hint}")
 
 
 def _parse_yaml(text: str, what: str) -> Any:
@@ -396,16 +411,16 @@ def _coerce(expected: Any, value: Any) -> Any:
     kinds = (
         get_args(expected) if isinstance(expected, UnionType) or get_origin(expected) is typing.Union else (expected,)
     )
-    if float in kinds and not isinstance(value, bool):
-        if isinstance(value, int):
-            return float(value)
-        if isinstance(value, str) and value != AUTO:  # YAML 1.1 reads 1e-4, without a point, as text
-            try:
-                return float(value)
-            except ValueError:
-                return value
+    if float in kinds and not isinstance(value, bool) and isinstance(value, (int, str)) and value != AUTO:
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
+        except (ValueError, OverflowError):
+            return value
+    # `none` is text for YAML, which writes null or ~.
     if expected is str and value is None:
         return "none"
+    if type(None) in kinds and value == "none":
+        return None
     # YAML 1.1 reads on and off as truth values.
     if get_origin(expected) is Literal and isinstance(value, bool) and "on" in get_args(expected):
         return "on" if value else "off"
@@ -433,7 +448,7 @@ def _fits(expected: Any, value: Any) -> bool:
     if isinstance(expected, UnionType) or origin is typing.Union:
         return any(_fits(kind, value) for kind in get_args(expected))
     if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, expected)

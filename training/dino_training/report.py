@@ -63,7 +63,8 @@ def write_report(run: Path) -> Path:
     path = run / REPORT_NAME
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        unfinished.write_text(page, encoding="utf-8")
+        # Names of files may hold bytes that are no UTF-8.
+        unfinished.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
         os.replace(unfinished, path)
     except OSError as error:
         raise OutputUnwritable(f"{path} cannot be written: {error.strerror}") from error

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dino_index.backbones import GREY
 from dino_index.edits import EDITS, paste
 from dino_training.recipe import Recipe
 
 _ATTEMPTS = 10
-_GREY = (0.299, 0.587, 0.114)
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
@@ -87,7 +87,7 @@ def recolour(squares_BSSC: Tensor, colour_BP: Tensor, recipe: Recipe) -> Tensor:
 def normalise(pictures_BCHW: Tensor, recipe: Recipe) -> Tensor:
     """Pictures of 0..1 in RGB as the backbone takes them: in_chans channels, normalised."""
     if recipe.in_chans == 1:
-        grey = torch.tensor(_GREY, device=pictures_BCHW.device).view(1, 3, 1, 1)
+        grey = torch.tensor(GREY, device=pictures_BCHW.device).view(1, 3, 1, 1)
         pictures_BCHW = (pictures_BCHW * grey).sum(dim=1, keepdim=True)
     mean, std = (
         torch.tensor(values, device=pictures_BCHW.device).view(1, -1, 1, 1) for values in (recipe.mean, recipe.std)
@@ -166,7 +166,7 @@ def _jitter(pictures_BCSS: Tensor, colour_BP: Tensor) -> Tensor:
     device = pictures_BCSS.device
     brightness_B, contrast_B, saturation_B, hue_B, grey_B = colour_BP[:, :5].unbind(dim=1)
     to_yiq_CC = torch.tensor(_RGB_TO_YIQ, device=device)
-    grey_CC = torch.tensor([_GREY] * 3, device=device)
+    grey_CC = torch.tensor([GREY] * 3, device=device)
     identity_CC = torch.eye(3, device=device)
 
     def mix(to_grey_B: Tensor) -> Tensor:
