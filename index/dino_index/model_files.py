@@ -21,7 +21,7 @@ from dino_index.errors import ArchitectureUnknown, ModelError, ModelNotFound
 Pooling = Literal["normalised", "reference"]
 
 BUNDLED = "bundled"
-BUNDLED_VERSION = "bundled_v1"
+BUNDLED_VERSION = "bundled_v2"
 METADATA_KEY = "dino_search"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +41,7 @@ class ModelSpec:
     """A backbone before it is loaded: which file, which architecture, how pictures go in."""
 
     name: str
-    """`bundled_v1`, or the file's path: what `info` shows and the collection stores."""
+    """`bundled_v2`, or the file's path: what `info` shows and the collection stores."""
     weights_path: Path
     architecture: str
     """A timm architecture name, without a pretrained tag."""

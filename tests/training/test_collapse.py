@@ -76,7 +76,7 @@ def test_a_flat_start_is_not_named() -> None:
 
 def test_a_collapse_that_outlasts_the_start_is_named() -> None:
     ((step, collapse),) = observe(watch(ignore_steps=150), UNIFORM, num_steps=300)
-    assert (step, collapse.kind) == (150, "uniform")
+    assert (step, collapse.kind) == (150 + WINDOW_STEPS - 1, "uniform")
 
 
 def test_single_steps_do_not_count_as_a_collapse() -> None:

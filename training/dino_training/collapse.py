@@ -15,8 +15,8 @@ WINDOW_STEPS = 50
 # Share of ln K above which a distribution counts as uniform, and below which as one single prototype.
 UNIFORM_FRAC = 0.99
 SINGLE_FRAC = 0.05
-# Nats by which the mean distribution must be wider than those of single images.
-LEAST_DIFFERENCE = 0.01
+# Share of ln K by which the mean distribution must be wider than those of single images.
+LEAST_DIFFERENCE_FRAC = 0.01
 # Mean deviation of unit-length projections, where 1 is spread over the whole sphere.
 LEAST_SPREAD = 0.02
 
@@ -45,8 +45,10 @@ class CollapseWatch:
         entropy: mean entropy of the teacher's output for an image; mean_entropy: entropy of its mean over the batch;
         both nan without prototypes. spread: deviation of the projections over the batch.
         """
+        if step < self._ignore_steps:
+            return None
         self._recent.append((entropy, mean_entropy, spread))
-        if step < self._ignore_steps or len(self._recent) < WINDOW_STEPS:
+        if len(self._recent) < WINDOW_STEPS:
             return None
         entropy, mean_entropy, spread = (sum(values) / len(values) for values in zip(*self._recent, strict=True))
         found = self._name(entropy, mean_entropy, spread)
@@ -77,7 +79,7 @@ class CollapseWatch:
                 f"collapse to a single dimension: every image gets the same prototype ({of_most}, of the mean "
                 f"{mean_entropy:.3f}); keep centring on, raise teacher_temperature, lower learning_rate",
             )
-        if mean_entropy - entropy < LEAST_DIFFERENCE:
+        if mean_entropy - entropy < LEAST_DIFFERENCE_FRAC * self._ln_k:
             return Collapse(
                 "constant",
                 f"collapse to one distribution: every image gets the same output ({of_most}, of the mean "
