@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 from PIL import Image
 
 import dino_search
@@ -22,7 +23,9 @@ from dino_index.errors import (
     NoLabels,
     SourceNotFound,
 )
+from dino_index.images import load_image
 from dino_search import Collection, EmbeddingSettings, IndexOptions
+from dino_search.demonstration import PHOTOGRAPHS
 from sample_collections import save_tiny_model, write_pictures
 
 
@@ -78,13 +81,15 @@ def test_a_query_is_read_as_an_indexed_file_is(home: Path, tiny_model: Path, tmp
 def test_edited_copies_find_their_original_first(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    originals = [picture(160, 120, seed=seed) for seed in range(12)]
-    for number, original in enumerate(originals):
-        original.save(folder / f"{number}.jpg", quality=90)
+    originals = []
+    for number, name in enumerate(PHOTOGRAPHS):
+        path = next((Path(skimage.__file__).parent / "data").glob(f"{name}.[jp][pn]g"))
+        originals.append(Image.fromarray(load_image(path, max_short_side=240).pixels_HWC))
+        originals[-1].save(folder / f"{number}.jpg", quality=90)
     rng = np.random.default_rng(0)
     kinds = ("reencode", "blur", "colour", "noise", "resize", "caption")
     with Collection.open(home=home) as collection:
-        assert collection.index(folder).images == 12
+        assert collection.index(folder).images == len(PHOTOGRAPHS)
         for number, kind in enumerate(kinds):
             found = collection.search(apply_edits(originals[number], [kind], rng), k=1)
             assert found.results[0].path == str(folder / f"{number}.jpg"), kind
