@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def leave_out_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no sheets and write no report, which would take longer than everything else that they do."""
     for name in ("save_attention", "save_views", "write_report"):
         monkeypatch.setattr(f"dino_training.pretraining.{name}", lambda *arguments: None)
+
+
+@contextmanager
+def quick_runs() -> Iterator[None]:
+    """No pictures, and one thread: two that wait for each other take longer where matrices are tiny."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_pictures(patch)
+        yield
+    torch.set_num_threads(num_threads)
 
 
 def without_pictures(*accidents: Callable[[], None]) -> Callable[[], None]:

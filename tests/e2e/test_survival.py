@@ -29,6 +29,7 @@ from dino_index.catalog.portable_paths import encode_path
 from forked_commands import CommandLine, Finished, Running
 from requirements import require
 from sample_collections import save_tiny_model, write_pictures
+from small_disks import fill
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and POSIX signals")
 
@@ -330,18 +331,6 @@ def test_an_interrupted_command_says_so(photos: Photos, dino_search: CommandLine
 # --- a full disk
 
 
-def fill_disk(disk: Path, *, leave_kb: int = 0) -> Path:
-    """A file that takes all free space but a rest."""
-    filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        try:
-            while shutil.disk_usage(disk).free > 1024 * leave_kb:
-                file.write(bytes(4096))
-        except OSError:
-            assert leave_kb == 0
-    return filler
-
-
 @pytest.mark.mounts
 def test_a_disk_that_fills_up_stops_the_run_with_one_line(
     photos: Photos, dino_search: CommandLine, mount: Callable[..., Path]
@@ -359,7 +348,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_line(
     assert {row[:6] for row in earlier.images} <= kept <= {row[:6] for row in photos.state.images}
     assert len(kept) < len(photos.state.images)
 
-    fill_disk(disk)
+    fill(disk)
     assert is_sound(dino_search, "--home", home)
     results = found(dino_search, photos.query, "--home", home)
     assert results[0] == (str(photos.query), 1.0)
@@ -377,7 +366,7 @@ def test_a_disk_full_from_the_start_is_called_so(
     photos: Photos, dino_search: CommandLine, mount: Callable[..., Path]
 ) -> None:
     disk = mount("size=400k")
-    filler = fill_disk(disk)
+    filler = fill(disk)
     command = photos.index("--home", disk / "home")
     fail_in_one_line(dino_search.run(*command), "no space left")
     filler.unlink()
@@ -391,7 +380,7 @@ def test_search_on_a_full_disk_works_or_says_no_space(
     photos: Photos, dino_search: CommandLine, mount: Callable[..., Path]
 ) -> None:
     home = mount("size=4m", photos.home)
-    filler = fill_disk(home)
+    filler = fill(home)
     done = dino_search.run("search", photos.query, "--home", home)
     if done.exit_code != 0:
         # SQLite needs 32 KB beside the database for readers and writers to agree.
@@ -406,7 +395,7 @@ def test_a_disk_that_fills_up_under_a_snapshot_leaves_the_earlier_state(
 ) -> None:
     home = mount("size=4m", photos.home)
     expected = found(dino_search, photos.query, "--home", home)
-    fill_disk(home, leave_kb=72)  # what SQLite needs fits, a snapshot of 366 vectors of 256 bytes does not
+    fill(home, leave_kb=72)  # what SQLite needs fits, a snapshot of 366 vectors of 256 bytes does not
     fail_in_one_line(dino_search.run("compact", "--home", home), "no space left")
     assert not [file for file in home.rglob("*") if file.suffix in (".faiss", ".partial")]
     assert state_of(home) == photos.state

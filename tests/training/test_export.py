@@ -22,7 +22,7 @@ from dino_training.export import export_backbone, same_architecture
 from dino_training.networks import build_backbone, use_attention
 from dino_training.views import normalise
 from small_disks import fill, mounted
-from tiny_runs import assert_same, final_state, leave_out_pictures, tiny_recipe, write_noise
+from tiny_runs import assert_same, final_state, quick_runs, tiny_recipe, write_noise
 
 GREY = {"in_chans": 1, "mean": (0.45,), "std": (0.22,)}
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,12 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _tiny_and_quick() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch)
+    with quick_runs():
         yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

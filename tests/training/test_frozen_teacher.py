@@ -26,19 +26,15 @@ from dino_training.frozen_teacher import prepare_teacher, stored_embeddings, whi
 from requirements import require
 from sample_collections import save_tiny_model
 from small_disks import fill, mounted
-from tiny_runs import assert_same, events, final_state, leave_out_pictures, stop_after, tiny_recipe, write_noise
+from tiny_runs import assert_same, events, final_state, quick_runs, stop_after, tiny_recipe, write_noise
 
 Vectors = NDArray[np.float64]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _tiny_and_quick() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch)
+    with quick_runs():
         yield
-    torch.set_num_threads(num_threads)
 
 
 # --- whitening

@@ -35,7 +35,7 @@ from tiny_runs import (
     assert_same,
     events,
     final_state,
-    leave_out_pictures,
+    quick_runs,
     stop_after,
     tiny_recipe,
     write_noise,
@@ -57,13 +57,8 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def _tiny_and_quick() -> Iterator[None]:
-    """No pictures, and one thread: two that wait for each other take longer where matrices are tiny."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch)
+    with quick_runs():
         yield
-    torch.set_num_threads(num_threads)
 
 
 # --- resume equals uninterrupted
