@@ -19,7 +19,11 @@ def descriptors(model: nn.Module, pictures_BCHW: Tensor, pooling: Pooling) -> tu
 
     pictures_BCHW: normalised, in the model's dtype.
     """
-    features = model.forward_features(pictures_BCHW)  # type: ignore[operator]
+    return descriptors_of(model, model.forward_features(pictures_BCHW), pooling)  # type: ignore[operator]
+
+
+def descriptors_of(model: nn.Module, features: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """`descriptors` from what the model's `forward_features` gave."""
     tokens_BND = _patch_tokens(model, features)
     cls_BD = global_token(model, features)
     return cls_BD.float(), gem(tokens_BND.float(), pooling)

@@ -21,6 +21,8 @@ from dino_index.catalog.schema import SCHEMA_REVISION
 from dino_index.errors import CatalogError, CatalogTooNew, CatalogUnavailable, StorageFull
 from sample_collections import open_catalog
 
+NEXT = f"{int(SCHEMA_REVISION) + 1:04}"
+
 
 def created(home: Path) -> Catalog:
     catalog = Catalog.open(home, create=True)
@@ -162,11 +164,12 @@ def test_an_id_is_never_used_again(home: Path) -> None:
 
 
 def migrations_with(folder: Path, body: str) -> Path:
-    """The migrations as shipped, and one more, 0002, that does what `body` says."""
+    """The migrations as shipped, and one more, NEXT, that does what `body` says."""
     shutil.copytree(MIGRATIONS, folder)
-    script = "import sqlalchemy as sa\nfrom alembic import op\nrevision = '0002'\ndown_revision = '0001'\n"
+    revisions = f"revision = '{NEXT}'\ndown_revision = '{SCHEMA_REVISION}'\n"
+    script = "import sqlalchemy as sa\nfrom alembic import op\n" + revisions
     indented = "\n".join(f"    {line}" for line in body.splitlines())
-    (folder / "versions" / "0002_next.py").write_text(f"{script}def upgrade():\n{indented}\n")
+    (folder / "versions" / f"{NEXT}_next.py").write_text(f"{script}def upgrade():\n{indented}\n")
     return folder
 
 
@@ -200,9 +203,9 @@ def test_an_upgrade_keeps_all_data_and_a_copy_of_the_old_file(home: Path, tmp_pa
     catalog = created(home)
     fill(catalog)
     catalog.close()
-    backup = upgrade(catalog.path, migrations_with(tmp_path / "migrations", body), "0002")
+    backup = upgrade(catalog.path, migrations_with(tmp_path / "migrations", body), NEXT)
     assert backup is not None
-    for path, revision in ((backup, "0001"), (catalog.path, "0002")):
+    for path, revision in ((backup, SCHEMA_REVISION), (catalog.path, NEXT)):
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (revision,)
             names = connection.execute("SELECT path FROM image ORDER BY id").fetchall()
@@ -227,15 +230,15 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(home: Path, tmp_path: 
     fill(catalog)
     catalog.close()
     with pytest.raises((RuntimeError, CatalogError), match=r"^stopped$|broken reference in source"):
-        upgrade(catalog.path, migrations_with(tmp_path / "migrations", body), "0002")
+        upgrade(catalog.path, migrations_with(tmp_path / "migrations", body), NEXT)
     assert count_images(open_catalog(home)) == 3
 
 
 def test_an_upgrade_is_made_once(home: Path, tmp_path: Path) -> None:
     catalog = created(home)
     migrations = migrations_with(tmp_path / "migrations", "op.add_column('image', sa.Column('note', sa.Text()))")
-    assert upgrade(catalog.path, migrations, "0002") is not None
-    assert upgrade(catalog.path, migrations, "0002") is None
+    assert upgrade(catalog.path, migrations, NEXT) is not None
+    assert upgrade(catalog.path, migrations, NEXT) is None
 
 
 def test_a_schema_of_the_future_is_refused_with_both_versions(home: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dino_index.attention import attention_maps
 from dino_index.errors import RecipeError
 from dino_training.networks import (
     Network,
@@ -234,6 +236,27 @@ def test_fused_and_plain_attention_agree() -> None:
         outputs.logits.square().sum().backward()
         found.append((outputs.logits, [parameter.grad for parameter in network.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_backbone_trains_so_and_is_itself_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(pictures_BCHW: Tensor) -> Tensor:
+            calls.append(len(pictures_BCHW))
+            return function(pictures_BCHW)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    student = student_of(recipe()).eval()
+    expected = student(views(32, 16))
+    student.compile_backbone()
+    torch.testing.assert_close(student(views(32, 16)).features, expected.features)
+    assert calls == [B, B]
+    # Hooks, which attention maps are taken with, are not called inside compiled code.
+    assert len(attention_maps(student.backbone, *views(32))) == B
+    assert calls == [B, B]
 
 
 def test_a_frozen_backbone_gets_no_gradient_while_the_head_does() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_index.descriptors import descriptors, global_token
+from dino_index.descriptors import descriptors_of, global_token
 from dino_index.errors import RecipeError
 from dino_training.head import Predictor, ProjectionHead
 from dino_training.recipe import Recipe
@@ -47,6 +47,11 @@ class Network(nn.Module):
         self.head = ProjectionHead(2 * dim if recipe.student_features == "cls_gem" else dim, recipe)
         self.predictor = Predictor(recipe) if predictor else None
         self._backbone_frozen = False
+        self._forward_features: Callable[[Tensor], Tensor] = backbone.forward_features  # type: ignore[assignment]
+
+    def compile_backbone(self) -> None:
+        """Trains through torch.compile. Who calls the backbone itself (figures, attention maps) gets it as it was."""
+        self._forward_features = torch.compile(self._forward_features)
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Trains the head alone: the backbone then runs without gradients and keeps its running statistics."""
@@ -69,12 +74,13 @@ class Network(nn.Module):
 
     def _features(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The [CLS], and what the head projects."""
+        features = self._forward_features(pictures_BCHW)
         if self.student_features == "cls_gem":
-            cls_BD, gem_BD = descriptors(self.backbone, pictures_BCHW, "normalised")
+            cls_BD, gem_BD = descriptors_of(self.backbone, features, "normalised")
             # Both halves count alike, at the scale of a layer-normalised token.
             scale = cls_BD.shape[1] ** 0.5
             return cls_BD, torch.cat([F.normalize(cls_BD, dim=-1), gem_BD], dim=1) * scale
-        cls_BD = global_token(self.backbone, self.backbone.forward_features(pictures_BCHW))  # type: ignore[operator]
+        cls_BD = global_token(self.backbone, features)
         return cls_BD, cls_BD
 
 

@@ -8,6 +8,8 @@ from dino_index.catalog.schema import (
     ImageRow,
     ModelRow,
     RemovalRow,
+    ReportRow,
+    SettingRow,
     SnapshotRow,
     SourceRow,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "ImageRow",
     "ModelRow",
     "RemovalRow",
+    "ReportRow",
+    "SettingRow",
     "SnapshotRow",
     "SourceRow",
     "bound_parts",

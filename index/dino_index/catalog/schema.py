@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, Integer, LargeBinary, String, Text, text
 from sqlalchemy import UniqueConstraint as Unique
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 
 # SQLite numbers only INTEGER keys by itself; it stores 64 bits in either case.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -41,6 +41,8 @@ class CollectionRow(Base):
     model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
     generation: Mapped[int] = mapped_column(BigInteger, default=0)
     """Grows by one with every transaction that changes which vectors can be found."""
+    index_type: Mapped[str] = mapped_column(Text, default="auto", server_default="auto")
+    """What was asked for: `auto`, a type by name, or a FAISS factory string."""
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
 
 
@@ -78,6 +80,9 @@ class ImageRow(Base):
     width: Mapped[int | None]
     height: Mapped[int | None]
     label: Mapped[str | None] = mapped_column(Text)
+    # Another name in Python, where `metadata` is the table's own.
+    facts: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict, server_default=text("'{}'"))
+    """Further columns of the manifest that named this image."""
     status: Mapped[str] = mapped_column(String(8))
     error_code: Mapped[str | None] = mapped_column(String(32))
     error_message: Mapped[str | None] = mapped_column(Text)
@@ -119,6 +124,29 @@ class SnapshotRow(Base):
     file_name: Mapped[str] = mapped_column(Text)
     generation: Mapped[int] = mapped_column(BigInteger)
     index_type: Mapped[str] = mapped_column(Text)
+    """What was built."""
+    reason: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
+    """Why this type was built, for people."""
     num_vectors: Mapped[int] = mapped_column(BigInteger)
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[bytes] = mapped_column(LargeBinary(32))
+
+
+class SettingRow(Base):
+    """One setting of the home, such as its default model."""
+
+    __tablename__ = "setting"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[dict[str, Any]]
+
+
+class ReportRow(Base):
+    """A file that shows images of a collection; `path` is absolute, in the portable encoding."""
+
+    __tablename__ = "report"
+
+    path: Mapped[str] = mapped_column(Text, primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    written_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
