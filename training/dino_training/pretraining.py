@@ -28,6 +28,7 @@ from dino_index.descriptors import descriptors
 from dino_index.errors import OutputUnwritable, RecipeError, RunError, RunExists, TooFewImages, TrainingDiverged
 from dino_index.model_files import ModelSpec, resolve_model
 from dino_training import losses
+from dino_training.allocator import keep_freed_memory
 from dino_training.batches import Batch, BatchLoader
 from dino_training.center import Center
 from dino_training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
@@ -149,6 +150,8 @@ class Training:
         self.last_figures: Figures | None = None
         self._shown: dict[str, float | None] = {}
         state = _begin(run, resume, processes, on_remark)
+        if device.type == "cpu":
+            keep_freed_memory()
 
         # -- images, and what depends on their number
         spec = _initial_spec(init, recipe) if init is not None and state is None else None
