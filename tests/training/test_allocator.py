@@ -13,8 +13,8 @@ from dino_training.allocator import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "kept" else None)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(1_000_000)
+    for _ in range(10):
+        torch.ones(16_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()  # until the heap has found its size
 print(faults())

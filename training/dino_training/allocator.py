@@ -13,7 +13,7 @@ _HIGHEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Freed blocks of any size stay with this process from now on; whether the allocator took that.
 
-    Every step of training on a processor allocates the same hundreds of megabytes. glibc maps each large block anew, and
+    Every step of training on a processor allocates the same hundreds of megabytes. glibc maps large blocks anew, and
     the system clears its pages at the first touch: an eighth of a step's time (ViT-Ti/8, bfloat16, one thread).
     """
     if not sys.platform.startswith("linux"):
