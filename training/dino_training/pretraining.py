@@ -377,8 +377,7 @@ class Training:
         """The loss of one part of a batch, and what is averaged over parts and processes."""
         recipe = self.recipe
         views = batch.views(recipe, self.device)
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-        with autocast:
+        with self._autocast():
             student = self.forward_student(views)
         num_views = len(views)
         projections_VBC = _by_view(student.projections, num_views)
@@ -387,7 +386,7 @@ class Training:
             loss = self._loss_to_stored(projections_VBC, batch)
             figures["spread"] = _spread(projections_VBC[0].detach())
         else:
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), self._autocast():
                 teacher = self.teacher.network(views[: recipe.num_global_views])
             if recipe.uses_prototypes:
                 assert student.logits is not None
@@ -562,8 +561,11 @@ class Training:
     def _embed(self, pixels_BHWC: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """(cls_BD, gem_BD) by the exported network, as indexing embeds."""
         pictures_BCHW = torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2).float() / 255
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             return descriptors(self.teacher.network.backbone, normalise(pictures_BCHW, self.recipe), "normalised")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _epoch(self) -> float:
         return self.step / self.loader.steps_per_epoch
