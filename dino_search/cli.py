@@ -16,10 +16,11 @@ import typer
 import typer.core
 
 from dino_index.errors import DinoSearchError
-from dino_search.commands import demo, housekeeping, indexing, pretraining, searching
+from dino_search.commands import demo, housekeeping, indexing, models, pretraining, searching
 from dino_search.commands.output import complain
 
-# The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
+# The hub's client, which comes with timm, must neither report usage nor look anything up by itself. `models get` runs
+# it in a process of its own.
 _QUIET_HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for register in (indexing, searching, pretraining, housekeeping, demo):
+for register in (indexing, searching, pretraining, models, housekeeping, demo):
     register.add_commands(app)
 
 

@@ -16,9 +16,11 @@ from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
 from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
-from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
+from dino_index.model_files import ModelSpec, Pooling, resolve_model
+from dino_index.model_store import models_folder, resolve_default
 from dino_index.recording import is_below, remove_images
 from dino_search.home import default_home
+from dino_search.models import Models
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
 
 if TYPE_CHECKING:
@@ -55,18 +57,28 @@ class Collection:
         home: StrPath | None = None,
         model: str | Path | None = None,
         pooling: Pooling | None = None,
+        input_size: int | None = None,
         device: Device = "auto",
+        on_remark: Callable[[str], None] = lambda remark: None,
     ) -> Collection:
         """The collection of this name; it comes into being when something is indexed into it.
 
         home: None for `DINO_SEARCH_HOME` or the platform's place for user data.
-        model: `bundled` or a safetensors file; None for the collection's own, `bundled` for a new one.
+        model: `bundled`, the name of a fetched model, a safetensors file or a PyTorch checkpoint, which is converted
+            into the home; None for the collection's own, the home's default for a new one.
         pooling: of the GeM vectors; None for the collection's own, `normalised` for a new one.
+        input_size: side in pixels of the square that pictures are resized to; None for the model's own.
+        on_remark: told what was chosen or left out in a checkpoint.
         Raises ModelError.
         """
-        asked = model is not None or pooling is not None
-        spec = resolve_model(model or BUNDLED, pooling=pooling or "normalised") if asked else None
-        return cls(Path(home) if home is not None else default_home(), name, spec, device=device)
+        place = Path(home) if home is not None else default_home()
+        options: dict[str, Any] = {"pooling": pooling or "normalised", "input_size": input_size}
+        spec = None
+        if model is not None:
+            spec = resolve_model(model, models=models_folder(place), on_remark=on_remark, **options)
+        elif pooling is not None or input_size is not None:
+            spec = resolve_default(Models(place).default(), place, **options)
+        return cls(place, name, spec, device=device)
 
     def __enter__(self) -> Collection:
         return self
@@ -104,7 +116,7 @@ class Collection:
             self.name,
             paths,
             self._model,
-            lambda: resolve_model(BUNDLED),
+            lambda: resolve_default(Models(self.home).default(), self.home),
             options or IndexOptions(),
             device=self._device,
             on_progress=on_progress,
@@ -301,7 +313,7 @@ class Collection:
         from dino_index.backbones import Backbone
 
         if self._backbone is None or self._backbone.spec.fingerprint != collection.fingerprint:
-            self._backbone = Backbone(model_of(collection), device=self._device)
+            self._backbone = Backbone(model_of(collection, models_folder(self.home)), device=self._device)
         return self._backbone
 
     def _existing_catalog(self) -> Catalog:

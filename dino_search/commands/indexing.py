@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dino_index.model_files import BUNDLED_VERSION
+from dino_index.model_files import BUNDLED_VERSION, RECOMMENDED
 from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, complain, print_json, print_line, tell
 from dino_search.commands.signals import stopping_on_signals
 
@@ -38,7 +38,15 @@ def index(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="'bundled' or a safetensors file.", show_default="the collection's"),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="'bundled', a fetched model, a safetensors file or a PyTorch checkpoint.",
+            show_default="the collection's",
+        ),
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of the square the model sees.", show_default="the model's"),
     ] = None,
     pooling: Annotated[
         str | None,
@@ -80,7 +88,15 @@ def index(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
+    opened = Collection.open(
+        collection,
+        home=home,
+        model=model,
+        pooling=pooling,  # type: ignore[arg-type]
+        input_size=input_size,
+        device=device,  # type: ignore[arg-type]
+        on_remark=tell,
+    )
     with opened, stopping_on_signals("this batch") as signals, _progress_bar() as show:
         summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
     if as_json:
@@ -109,7 +125,10 @@ def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
     if summary.added or summary.updated:
         tell(f"{summary.images_per_second} images/s")
     if model == BUNDLED_VERSION:
-        tell(f"{model} is small and ships with dino-search; use a larger backbone of yours with --model FILE -c NAME")
+        tell(
+            f"{model} is small and ships with dino-search; a better one, for new collections: "
+            f"dino-search models get {RECOMMENDED} --default"
+        )
     if summary.moved:
         tell(f"{summary.moved} of the updated ones were found again under another path")
     if summary.failed:

@@ -1,6 +1,6 @@
 """Backbones: a timm architecture with local weights, loaded strictly, ready to embed pictures.
 
-Shapes: B pictures, H x W pixels, C channels of a picture (red, green, blue, or grey alone), D channels.
+Shapes: B pictures, H x W pixels, C channels that the model sees of a picture, D channels of a vector.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ Device = Literal["auto", "cpu", "cuda"]
 
 # Shares of red, green and blue in the grey that a model of one channel sees (ITU-R BT.601).
 GREY = (0.299, 0.587, 0.114)
+# What each kind of channel is made of: shares of red, green and blue, and the value for full opacity (0..255). Pictures
+# are laid over white when they are read, so they are opaque everywhere.
+_CHANNELS = {
+    "red": (1, 0, 0, 0),
+    "green": (0, 1, 0, 0),
+    "blue": (0, 0, 1, 0),
+    "grey": (*GREY, 0),
+    "opacity": (0, 0, 0, 255),
+}
+_COLOURS = ("red", "green", "blue")
 
 _MAX_KEYS_LISTED = 8
 # Products tried in each number format, and how much faster bfloat16 must be to be worth its rounding.
@@ -56,7 +66,7 @@ class Backbone:
         # Pixels are 0..255: scaling by 255 is folded into the normalisation.
         self._shift = self._per_channel(spec.mean)
         self._scale = 1 / self._per_channel(spec.std)
-        self._grey_shares = torch.tensor(GREY, device=self.device).view(1, 3, 1, 1)
+        self._mixing = _channel_mixing(spec, self.device)
         self.dim = int(self.embed_tensor(torch.zeros(1, spec.input_size, spec.input_size, 3))[0].shape[1])
 
     @property
@@ -88,8 +98,9 @@ class Backbone:
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
         pictures_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        if len(self.spec.mean) == 1:
-            pictures_BCHW = (pictures_BCHW * self._grey_shares).sum(dim=1, keepdim=True)
+        if self._mixing is not None:
+            shares_C3, constant_C = self._mixing
+            pictures_BCHW = torch.einsum("cr,brhw->bchw", shares_C3, pictures_BCHW) + constant_C.view(1, -1, 1, 1)
         pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
         return descriptors(self._model, pictures_BCHW.to(self.dtype).contiguous(), self.spec.pooling)
 
@@ -139,6 +150,23 @@ def _seconds_of_product(tokens_BD: Tensor, weights_FD: Tensor) -> float:
     start = time.perf_counter()
     F.linear(tokens_BD, weights_FD)
     return time.perf_counter() - start
+
+
+def _channel_mixing(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(shares_C3, constant_C): how the model's channels come from red, green and blue; None where they are these.
+
+    A channel that a picture has nothing for is its mean, 0 after normalisation.
+    """
+    if spec.seen_channels == _COLOURS:
+        return None
+    mixing_C4 = torch.tensor(
+        [
+            (0.0, 0.0, 0.0, 255 * mean) if name == "nothing" else _CHANNELS[name]
+            for name, mean in zip(spec.seen_channels, spec.mean, strict=True)
+        ],
+        device=device,
+    )
+    return mixing_C4[:, :3].contiguous(), mixing_C4[:, 3]
 
 
 def _to_float16(vectors_BD: Tensor) -> NDArray[np.float16]:

@@ -82,12 +82,20 @@ def require_same_model(collection: CollectionInfo, spec: ModelSpec) -> None:
         )
 
 
-def model_of(collection: CollectionInfo) -> ModelSpec:
-    """The spec of the model that a collection was built with. Raises ModelNotFound, FingerprintMismatch."""
+def model_of(collection: CollectionInfo, models: Path | None = None) -> ModelSpec:
+    """The spec of the model that a collection was built with.
+
+    models: the home's folder of models, where weights are found again after the home has moved.
+    Raises ModelNotFound, FingerprintMismatch.
+    """
     config = collection.model_config
+    weights_path = Path(config["weights_path"])
+    if not weights_path.is_file() and models is not None and (models / weights_path.name).is_file():
+        config = config | {"weights_path": str(models / weights_path.name)}
+        weights_path = models / weights_path.name
     if collection.model_name == BUNDLED_VERSION:
-        spec = resolve_model(collection.model_name, pooling=config["pooling"])
-    elif not Path(config["weights_path"]).is_file():
+        spec = resolve_model(collection.model_name, pooling=config["pooling"], input_size=config["input_size"])
+    elif not weights_path.is_file():
         raise ModelNotFound(
             f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; "
             "put it back, or run: dino-search index PATH --model FILE with the same weights elsewhere"

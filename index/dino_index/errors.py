@@ -3,9 +3,11 @@
 DinoSearchError
 ├── ImageError              one file that cannot be used as an image; `code` goes into the ledger
 ├── ModelError
-│   ├── ModelNotFound       neither a bundled name nor a file
+│   ├── ModelNotFound       neither the name of a model that is here nor a file
 │   ├── ArchitectureUnknown a weights file that does not say which architecture it is for
 │   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
+│   ├── CheckpointRefused   a PyTorch file with objects that could run code; none was run
+│   ├── HubUnavailable      weights that could not be fetched; what works without is named
 │   └── FingerprintMismatch the collection was built with another model
 ├── CatalogError
 │   ├── CatalogUnavailable  the home cannot be read, created or written
@@ -88,6 +90,14 @@ class ArchitectureUnknown(ModelError):
 
 class WeightsMismatch(ModelError):
     code = "weights_mismatch"
+
+
+class CheckpointRefused(ModelError):
+    code = "checkpoint_refused"
+
+
+class HubUnavailable(ModelError):
+    code = "hub_unavailable"
 
 
 class FingerprintMismatch(ModelError):

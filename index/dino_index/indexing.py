@@ -32,6 +32,7 @@ from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, Pru
 from dino_index.image_files import ListedFile, Listing, check_patterns, list_images
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
+from dino_index.model_store import models_folder
 from dino_index.recording import BatchRecorder, Sources, is_below, remove_images
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class _Run:
             with self._catalog.writing() as session:
                 collection = create_collection(session, name, self._spec, dim)
         elif model is None:
-            self._spec = model_of(collection)
+            self._spec = model_of(collection, models_folder(self._catalog.home))
         else:
             require_same_model(collection, model)
             self._spec = model
