@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def _read_safely(path: Path) -> Any:
     what = f"{path} cannot be read as a PyTorch file of plain tensors"
     try:
         # DINO's own checkpoints hold the run's options beside the weights, as plain attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of another protocol, which fail or not
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -64,7 +66,10 @@ def _read_safely(path: Path) -> Any:
                 f"{what}: it holds the Python object {match[1]}, which could run code; nothing in it was run. "
                 "Save the state dict alone, torch.save(model.state_dict(), FILE), or use a .safetensors file"
             ) from error
-        raise ModelError(f"{what}: {_first_line(error)}; it is damaged or something else, copy it again") from error
+        raise ModelError(
+            f"{what}: it is damaged or holds other things ({_reason(error)}); nothing in it was run. "
+            "To get it whole, copy it again"
+        ) from error
     except Exception as error:
         # Damaged files end in many kinds of error, KeyError and AttributeError among them.
         raise ModelError(f"{what}: {_first_line(error)}; it is cut short or damaged, copy it again") from error
@@ -129,6 +134,13 @@ def _in_timms_layout(tensors: dict[str, Tensor], remarks: list[str]) -> dict[str
 def _listed(names: list[Any]) -> str:
     shown = ", ".join(str(name) for name in names[:_MAX_LISTED]) or "nothing"
     return f"{shown} and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else shown
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """The line of PyTorch's message that says what is wrong; around it, it advises to load unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
+    return next((line for line in lines if not line.startswith(advice)), "it is no pickle").rstrip(".")
 
 
 def _first_line(error: Exception) -> str:

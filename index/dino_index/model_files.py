@@ -77,7 +77,8 @@ class ModelSpec:
         if self.channels and len(self.channels) != number:
             raise ModelError(f"channels must name what each of {number} channels sees, found {self.channels}")
         if len(self.mean) != number or len(self.std) != number:
-            values = "1 value, as in_chans is 1" if number == 1 else f"{number} values, one a channel"
+            kind = "colour " if number == 3 else ""
+            values = "1 value, as in_chans is 1" if number == 1 else f"{number} values, one a {kind}channel"
             raise ModelError(f"mean and std must have {values}, found {self.mean} and {self.std}")
         if min(self.std) <= 0:
             raise ModelError(f"std must be above 0, found {self.std}")
