@@ -164,6 +164,7 @@ def _channel_mixing(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tens
             (0.0, 0.0, 0.0, 255 * mean) if name == "nothing" else _CHANNELS[name]
             for name, mean in zip(spec.seen_channels, spec.mean, strict=True)
         ],
+        dtype=torch.float32,
         device=device,
     )
     return mixing_C4[:, :3].contiguous(), mixing_C4[:, 3]

@@ -33,7 +33,7 @@ def main(repository: str, revision: str, folder: str, timeout_s: str, *file_name
                 continue
             _say(size=metadata.size)
             path = hf_hub_download(repository, name, revision=revision, cache_dir=folder)
-            _say(path=os.path.realpath(path), commit=metadata.commit_hash)
+            _say(path=path, commit=metadata.commit_hash)
             return
         _say(error=f"it has none of {', '.join(file_names)}", kind="missing")
     except GatedRepoError as error:

@@ -86,6 +86,8 @@ def default_model(session: Session) -> str:
 
 def set_default_model(session: Session, name: str) -> None:
     """Makes a model the default of the home, for collections that do not exist yet."""
+    if name == BUNDLED_VERSION:  # the bundled one of whichever version of this program
+        name = BUNDLED
     session.merge(SettingRow(key=_DEFAULT_KEY, value={"name": name}))
 
 

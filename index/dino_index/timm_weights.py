@@ -22,6 +22,15 @@ from dino_index.errors import ModelError, ModelNotFound, WeightsMismatch
 # What the hub keeps weights under, the safe form first.
 _HUB_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 _MAX_MISMATCH_LENGTH = 600
+_MAX_SIMILAR = 4
+_MIN_WORD_LENGTH = 4
+# As their owners write them, where timm's registry has another spelling.
+_LICENCES = {
+    "apache-2.0": "Apache-2.0",
+    "mit": "MIT",
+    "dinov3-license": "DINOv3 License",
+    "cc-by-nc-4.0": "CC-BY-NC-4.0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,7 @@ def find_weights(name: str) -> TimmWeights:
         repository=preset.hf_hub_id or None,
         file_names=(preset.hf_hub_filename,) if preset.hf_hub_filename else _HUB_FILE_NAMES,
         address=preset.url or None,
-        licence=preset.license or None,
+        licence=_LICENCES.get(preset.license or "", preset.license or None),
         input_size=preset.input_size[-1],
         mean=tuple(preset.mean),
         std=tuple(preset.std),
@@ -81,8 +90,11 @@ def find_weights(name: str) -> TimmWeights:
 def similar_to(name: str) -> str:
     """`; did you mean …?` with timm's names of weights that are most like this one, or nothing."""
     known = timm.list_models(pretrained=True)
-    matches = [other for other in known if other.split(".")[0] == name.split(".")[0]][:4]
-    matches = matches or difflib.get_close_matches(name, known, n=4, cutoff=0.7)
+    same = [other for other in known if other.split(".")[0] == name.split(".")[0]]
+    matches = difflib.get_close_matches(name, same or known, n=_MAX_SIMILAR, cutoff=0.0 if same else 0.7)
+    if not matches:  # such as dinov2_vits14: the shortest of those with a word of it
+        words = [word for word in re.split(r"\W|_", name) if len(word) >= _MIN_WORD_LENGTH]
+        matches = sorted((other for other in known if any(word in other for word in words)), key=len)[:_MAX_SIMILAR]
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 
