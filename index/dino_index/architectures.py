@@ -5,6 +5,7 @@ Nothing here imports torch or timm.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ _RESNET_KEY = re.compile(
     r"|downsample\.(0\.weight|1\.(weight|bias|running_mean|running_var|num_batches_tracked)))"
 )
 # By number of blocks in each stage, and channels inside the first block of three convolutions (0: it has two).
-_RESNET_NAMES = {
+_RESNET_NAMES: dict[tuple[int, ...], str] = {
     (2, 2, 2, 2, 0): "resnet18",
     (3, 4, 6, 3, 0): "resnet34",
     (3, 4, 6, 3, 64): "resnet50",
@@ -123,4 +124,4 @@ def _depth(shapes: Shapes) -> int:
 
 
 def _side(num_positions: int) -> int:
-    return round(max(0, num_positions) ** 0.5)
+    return round(math.sqrt(max(0, num_positions)))

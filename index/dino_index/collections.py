@@ -74,9 +74,14 @@ def create_collection(session: Session, name: str, spec: ModelSpec, dim: int) ->
 def require_same_model(collection: CollectionInfo, spec: ModelSpec) -> None:
     """Raises FingerprintMismatch when the collection's vectors come from another model than this."""
     if collection.fingerprint != spec.fingerprint:
+        was, now = collection.model_name, spec.name
+        if was == now:
+            settings = collection.model_config
+            was += f" at {settings['input_size']} px, {settings['pooling']} pooling"
+            now += f" at {spec.input_size} px, {spec.pooling} pooling"
         raise FingerprintMismatch(
-            f"collection {collection.name!r} was built with {collection.model_name} "
-            f"({collection.fingerprint[:12]}), not with {spec.name} ({spec.fingerprint[:12]}), and their vectors "
+            f"collection {collection.name!r} was built with {was} "
+            f"({collection.fingerprint[:12]}), not with {now} ({spec.fingerprint[:12]}), and their vectors "
             f"cannot be compared; leave out --model, or index into another collection: "
             f"dino-search index PATH -c NAME --model {spec.name}"
         )
@@ -96,8 +101,9 @@ def model_of(collection: CollectionInfo, models: Path | None = None) -> ModelSpe
     if collection.model_name == BUNDLED_VERSION:
         spec = resolve_model(collection.model_name, pooling=config["pooling"], input_size=config["input_size"])
     elif not weights_path.is_file():
+        fetch = "" if os.sep in collection.model_name else f"fetch it: dino-search models get {collection.model_name}, "
         raise ModelNotFound(
-            f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; "
+            f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; {fetch}"
             "put it back, or run: dino-search index PATH --model FILE with the same weights elsewhere"
         )
     else:

@@ -18,7 +18,7 @@ _CHUNK_SIZE = 1 << 16
 def main(repository: str, revision: str, folder: str, timeout_s: str, *file_names: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     # Written as it arrives, so that a slow connection is not taken for a dead one.
     constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_SIZE

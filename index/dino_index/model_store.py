@@ -270,8 +270,8 @@ def _fetching(models: Path) -> Iterator[Path]:
 def _stored(path: Path, source: Source, default: str) -> StoredModel:
     name = path.name.removesuffix(".safetensors")
     card: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("card", {})
+    with suppress(OSError, ValueError, AttributeError):  # none, or not ours
+        card = dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("card", {}))
     return StoredModel(
         name=name,
         megabytes=round(path.stat().st_size / 1e6, 1),

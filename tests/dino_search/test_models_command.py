@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import time
@@ -18,12 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from dino_index.backbones import Backbone
+from dino_index.hub import FetchedFile
 from dino_index.model_files import resolve_model
 from dino_search import Collection
 from dino_search.models import Models
 from foreign_checkpoints import dino_full_checkpoint, random_model
 from forked_commands import CommandLine, Finished
 from hub_server import COMMIT, Hub, serving, silent_hub, wait_until
+from sample_collections import save_tiny_model
 
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
@@ -146,6 +150,25 @@ def test_weights_in_the_hubs_cache_of_this_machine_need_no_hub(
     assert said == [f"{NAME} was in the hub's cache on this machine already"]
 
 
+def test_what_is_fetched_is_the_same_model_as_dinos_published_file(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "vit_small_patch16_224.dino"
+    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+    torch.save(dino_full_checkpoint(state), tmp_path / "dino_deitsmall16_pretrain_full_checkpoint.pth")
+
+    def fetch_file(*arguments: object, **options: object) -> FetchedFile:
+        save_file(state, tmp_path / "model.safetensors")
+        return FetchedFile(path=tmp_path / "model.safetensors", commit=COMMIT)
+
+    monkeypatch.setattr("dino_index.hub.fetch_file", fetch_file)
+    monkeypatch.setattr("dino_index.timm_weights.cached_file", lambda weights: None)
+    fetched = Models(home).get(name)
+    assert (fetched.dim, fetched.licence) == (384, "Apache-2.0")
+    converted = resolve_model(tmp_path / "dino_deitsmall16_pretrain_full_checkpoint.pth", models=tmp_path / "elsewhere")
+    assert converted.fingerprint == resolve_model(name, models=home / "models").fingerprint
+
+
 # --- the default
 
 
@@ -177,6 +200,56 @@ def test_a_moved_home_finds_its_models(hub: Hub, dino_search: CommandLine, photo
     assert dino_search.run("index", photos, "--home", moved).exit_code == 0
     with Collection.open(home=moved) as collection:
         assert collection.search(Image.open(photos / "cat" / "0.jpg"), k=1).results[0].path.endswith("0.jpg")
+
+
+def test_a_collection_whose_fetched_model_has_gone_says_how_to_get_it(
+    hub: Hub, dino_search: CommandLine, photos: Path, home: Path
+) -> None:
+    assert dino_search.run("models", "get", NAME).exit_code == 0
+    assert dino_search.run("index", photos, "--model", NAME).exit_code == 0
+    shutil.rmtree(home / "models")
+    ended = dino_search.run("index", photos, "--rehash")
+    assert (ended.exit_code, f"fetch it: dino-search models get {NAME}, " in ended.stderr) == (1, True)
+    assert dino_search.run("models", "get", NAME).exit_code == 0
+    assert dino_search.run("index", photos, "--rehash").exit_code == 0
+
+
+# --- weights files at the command line
+
+
+def test_a_hostile_checkpoint_is_one_line_and_no_collection(
+    dino_search: CommandLine, photos: Path, home: Path, tmp_path: Path
+) -> None:
+    class RunsCode:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"teacher": RunsCode()}, protocol=2))
+    ended = dino_search.run("index", photos, "--model", tmp_path / "evil.pth")
+    assert_failed(ended, "evil.pth", "mkdir, which could run code; nothing in it was run", home=home)
+    assert not (tmp_path / "ran").exists()
+    assert not home.exists()
+
+
+def test_weights_of_another_architecture_than_described_leave_no_collection(
+    dino_search: CommandLine, photos: Path, tmp_path: Path
+) -> None:
+    path = save_tiny_model(tmp_path / "weights.safetensors", architecture="resnet10t", architecture_args={})
+    ended = dino_search.run("index", photos, "--model", path)
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert re.search(r"does not fit resnet10t .*: missing bn1\.bias; .*; and \d+ more$", ended.stderr.strip())
+    assert dino_search.run("info").exit_code == 1
+
+
+def test_the_input_size_is_part_of_the_model_and_remembered(dino_search: CommandLine, photos: Path, home: Path) -> None:
+    assert dino_search.run("index", photos, "--input-size", 64).exit_code == 0
+    assert json.loads(dino_search.run("info", "--json").stdout)["input_size"] == 64
+    (photos / "new.jpg").write_bytes((photos / "cat" / "0.jpg").read_bytes() + b" ")
+    assert dino_search.run("index", photos).stdout.startswith("1 added")
+    ended = dino_search.run("index", photos, "--input-size", 128)
+    assert (ended.exit_code, "was built with bundled_v2 at 64 px" in ended.stderr) == (1, True)
+    ended = dino_search.run("index", photos, "--input-size", 100, "-c", "other")
+    assert (ended.exit_code, "multiple of the patch size 8" in ended.stderr) == (1, True)
 
 
 # --- list
@@ -355,6 +428,12 @@ def test_two_fetches_at_once_do_not_mix(dino_search: CommandLine, home: Path, hu
 def test_a_home_that_cannot_be_written_is_an_error(dino_search: CommandLine, home: Path, hub: Hub) -> None:
     home.mkdir(mode=0o500)
     assert_failed(dino_search.run("models", "get", NAME), "cannot be written", home=home)
+
+
+@pytest.mark.parametrize("command", ["list", "get"])
+def test_help_of_each_part_ends_with_a_line_to_paste(dino_search: CommandLine, command: str) -> None:
+    lines = dino_search.run("models", command, "--help").stdout.strip().splitlines()
+    assert lines[-1].strip().startswith(f"dino-search models {command}")
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "inf"])

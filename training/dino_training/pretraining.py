@@ -108,7 +108,7 @@ def pretrain(
 ) -> RunSummary:
     """Trains a backbone on the images under `paths` and writes everything into the folder `run`.
 
-    init: weights to start from, as `resolve_model` takes files and `bundled`. resume: goes on from the last checkpoint in `run`.
+    init: weights to start from, as `resolve_model` takes them. resume: goes on from the last checkpoint in `run`.
     should_stop: asked after each step; then a checkpoint is saved and the call returns.
     Raises RecipeError, RunError, ModelError, SourceError, OutputUnwritable.
     """
