@@ -16,6 +16,8 @@ Shapes = Mapping[str, Sequence[int]]
 GREY_MEAN = (0.449,)
 GREY_STD = (0.226,)
 
+_VIT_REQUIRED = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+_RESNET_REQUIRED = {"conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight"}
 _PLAIN_VIT_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
 _PLAIN_VIT_KEY = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)|head\.(weight|bias)"
@@ -54,8 +56,18 @@ def describe_tensors(shapes: Shapes) -> dict[str, Any] | None:
         return None
 
 
+def strange_tensors(shapes: Shapes) -> list[str]:
+    """Names of the tensors that keep these from being a known architecture's; empty if most of them are strange."""
+    found = [
+        sorted(name for name in shapes if not pattern.fullmatch(name))
+        for required, pattern in ((_VIT_REQUIRED, _DINOV2_KEY), (_RESNET_REQUIRED, _RESNET_KEY))
+        if required <= shapes.keys()
+    ]
+    return next((names for names in found if len(names) < len(shapes) / 2), [])
+
+
 def _plain_vit(shapes: Shapes) -> dict[str, Any] | None:
-    if not _are_all({"cls_token", "pos_embed", "patch_embed.proj.weight"}, _PLAIN_VIT_KEY, shapes):
+    if not _are_all(_VIT_REQUIRED, _PLAIN_VIT_KEY, shapes):
         return None
     width, patch_size = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
     if width not in _PLAIN_VIT_NAMES:
@@ -70,7 +82,7 @@ def _plain_vit(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def _dinov2(shapes: Shapes) -> dict[str, Any] | None:
-    if not _are_all({"cls_token", "pos_embed", "patch_embed.proj.weight"}, _DINOV2_KEY, shapes):
+    if not _are_all(_VIT_REQUIRED, _DINOV2_KEY, shapes):
         return None
     width, depth = shapes["cls_token"][-1], _depth(shapes)
     scales = {f"blocks.{number}.ls{place}.gamma" for number in range(depth) for place in (1, 2)}
@@ -96,7 +108,7 @@ def _dinov2(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def _resnet(shapes: Shapes) -> dict[str, Any] | None:
-    if not _are_all({"conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight"}, _RESNET_KEY, shapes):
+    if not _are_all(_RESNET_REQUIRED, _RESNET_KEY, shapes):
         return None
     numbers = [
         len({name.split(".")[1] for name in shapes if name.startswith(f"layer{stage}.")}) for stage in range(1, 5)

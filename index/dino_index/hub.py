@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dino_index.errors import HubUnavailable, ModelNotFound
+from dino_index.errors import HubUnavailable, ModelNotFound, OutputUnwritable
 
 TIMEOUT_VARIABLE = "DINO_SEARCH_HUB_TIMEOUT"
 DEFAULT_TIMEOUT_S = 15.0
@@ -48,7 +48,7 @@ def fetch_file(
     """The first of the files that the repository has, downloaded into `folder`.
 
     timeout_s: how long the hub may keep silent. on_progress: told bytes that have arrived, and all of them.
-    Raises HubUnavailable, ModelNotFound (no such repository or file).
+    Raises HubUnavailable, ModelNotFound (no such repository or file), OutputUnwritable.
     """
     command = [sys.executable, "-m", "dino_index.hub_client", repository, "main", str(folder), str(timeout_s)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,8 @@ def fetch_file(
             f"{at} is given only to those who have accepted its terms: accept them there, then set HF_TOKEN "
             f"or run: hf auth login ({facts['error']})"
         )
+    if facts.get("kind") == "storage":
+        raise OutputUnwritable(f"{folder} cannot hold what {at} has: {facts['error']}")
     problem = facts.get("error") or f"the client ended with status {client.returncode}: {_last_line(folder)}"
     raise HubUnavailable(f"{at} cannot be reached: {problem}")
 

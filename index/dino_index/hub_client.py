@@ -6,6 +6,7 @@ one a line: `{"ready"}`, `{"size"}` in bytes before the download, and last `{"pa
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import threading
 from typing import Any
 
 _CHUNK_SIZE = 1 << 16
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(repository: str, revision: str, folder: str, timeout_s: str, *file_names: str) -> None:
@@ -40,6 +42,8 @@ def main(repository: str, revision: str, folder: str, timeout_s: str, *file_name
         _say(error=_first_line(error), kind="gated")
     except RepositoryNotFoundError as error:
         _say(error=_first_line(error), kind="missing")
+    except OSError as error:
+        _say(error=_first_line(error), kind="storage" if error.errno in _STORAGE_ERRORS else "failed")
     except Exception as error:
         _say(error=_first_line(error), kind="failed")
 

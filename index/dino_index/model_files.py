@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dino_index.architectures import describe_tensors
+from dino_index.architectures import describe_tensors, strange_tensors
 from dino_index.errors import ArchitectureUnknown, ModelError, ModelNotFound
 
 Pooling = Literal["normalised", "reference"]
@@ -30,6 +30,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Changes whenever the same weights and picture would give another stored vector.
 _DESCRIPTOR_VERSION = 1
+_MAX_STRANGE_LISTED = 4
 
 # Files of PyTorch: read safely and converted once, see `checkpoints.py`.
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -207,7 +208,7 @@ def describe_file(path: Path, shapes: Mapping[str, list[int]], *, metadata: bool
         return beside
     if description := describe_tensors(shapes):
         return description, "the names and shapes of its tensors"
-    return _description_by_file_name(path), "the file's name"
+    return _description_by_file_name(path, shapes), "the file's name"
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
@@ -321,14 +322,16 @@ def _from_timm_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _description_by_file_name(path: Path) -> dict[str, Any]:
+def _description_by_file_name(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
     """The timm architecture that the file is named after. Imports timm: only its registry knows the names."""
     import timm
 
     architecture = path.stem.split(".")[0]
     if not timm.is_model(architecture):
+        strange = strange_tensors(shapes)
+        but_for = f" (a known one but for {', '.join(strange[:_MAX_STRANGE_LISTED])})" if strange else ""
         raise ArchitectureUnknown(
-            f"{path} does not say which architecture it is for; name it after a timm architecture "
+            f"{path} does not say which architecture it is for{but_for}; name it after a timm architecture "
             f"(vit_small_patch16_224.safetensors) or put {path.stem}.json beside it with "
             '{"architecture": NAME, "input_size": PIXELS}'
         )

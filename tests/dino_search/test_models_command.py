@@ -28,6 +28,7 @@ from foreign_checkpoints import dino_full_checkpoint, random_model
 from forked_commands import CommandLine, Finished
 from hub_server import COMMIT, Hub, serving, silent_hub, wait_until
 from sample_collections import save_tiny_model
+from small_disks import mounted
 
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
@@ -428,6 +429,16 @@ def test_two_fetches_at_once_do_not_mix(dino_search: CommandLine, home: Path, hu
 def test_a_home_that_cannot_be_written_is_an_error(dino_search: CommandLine, home: Path, hub: Hub) -> None:
     home.mkdir(mode=0o500)
     assert_failed(dino_search.run("models", "get", NAME), "cannot be written", home=home)
+
+
+@pytest.mark.mounts
+def test_a_full_disk_is_named_as_that(dino_search: CommandLine, hub: Hub, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "1m") as disk:
+        ended = dino_search.run("models", "get", NAME, "--home", disk / "home")
+        assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+        assert "No space left on device" in ended.stderr
+        assert "cannot be reached" not in ended.stderr
+        assert stored(disk / "home") == []
 
 
 @pytest.mark.parametrize("command", ["list", "get"])

@@ -210,6 +210,15 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
         load_model(resolve_model(path, models=tmp_path / "models"))
 
 
+def test_tensors_that_keep_a_checkpoint_from_being_known_are_named(tmp_path: Path) -> None:
+    path = save({"teacher": dino_vit().state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "dino.pth")
+    with pytest.raises(ArchitectureUnknown, match=r"\(a known one but for extra\)"):
+        resolve_model(path, models=tmp_path / "models")
+    path = save({name: value for name, value in dino_vit().state_dict().items() if name != "norm.bias"}, path)
+    with pytest.raises(WeightsMismatch, match=r"missing norm\.bias$"):
+        load_model(resolve_model(path, models=tmp_path / "models"))
+
+
 def test_a_checkpoint_of_an_unknown_architecture_says_how_to_describe_it(tmp_path: Path) -> None:
     path = save({"fc.weight": torch.zeros(2, 3)}, tmp_path / "mystery.pth")
     with pytest.raises(ArchitectureUnknown, match=r"mystery\.pth does not say .* put mystery\.json beside it"):
