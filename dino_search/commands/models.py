@@ -73,7 +73,7 @@ def get_model(
 ) -> None:
     """Fetch a model's weights from the Hugging Face hub; the only command that goes online.
 
-    HF_ENDPOINT names another server of that kind; DINO_SEARCH_HUB_TIMEOUT is how many seconds one may keep silent (15).
+    HF_ENDPOINT names another server of that kind; DINO_SEARCH_HUB_TIMEOUT is how many seconds one may keep silent (10).
     """
     from dino_search.models import Models
 

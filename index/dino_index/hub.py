@@ -21,7 +21,7 @@ from typing import Any
 from dino_index.errors import HubUnavailable, ModelNotFound, OutputUnwritable
 
 TIMEOUT_VARIABLE = "DINO_SEARCH_HUB_TIMEOUT"
-DEFAULT_TIMEOUT_S = 15.0
+DEFAULT_TIMEOUT_S = 10.0
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 # For the client itself to start, which takes a second on an idle machine.
 _START_TIMEOUT_S = 60.0
@@ -85,7 +85,7 @@ def endpoint() -> str:
 
 
 def hub_timeout_s() -> float:
-    """How long the hub may keep silent: `DINO_SEARCH_HUB_TIMEOUT` in seconds, else 15. Raises HubUnavailable."""
+    """How long the hub may keep silent: `DINO_SEARCH_HUB_TIMEOUT` in seconds, else 10. Raises HubUnavailable."""
     given = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
     try:
         timeout_s = float(given)
