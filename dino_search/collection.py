@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -15,9 +16,10 @@ from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow, bound_
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
 from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.image_paths import absolute_path, is_below
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
-from dino_index.recording import is_below, remove_images
+from dino_index.recording import remove_images
 from dino_search.home import default_home
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
 
@@ -201,8 +203,14 @@ class Collection:
             collection = find_collection(session, self.name)
 
         def reindex(paths: Sequence[str]) -> None:
-            if paths:
+            if not paths:
+                return
+            try:
                 self.index(list(paths))
+            except SourceNotFound:  # one out of reach, such as a URL, must not keep the others from being repaired
+                for path in paths:
+                    with suppress(SourceNotFound):
+                        self.index(path)
 
         return verify_collection(catalog, collection, reindex=reindex if repair else None)
 
@@ -229,7 +237,7 @@ class Collection:
                 if isinstance(target, int):
                     matching = {target} & known.keys()
                 else:
-                    folder = os.path.abspath(os.fspath(target))
+                    folder = absolute_path(target)
                     matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
                 if not matching:
                     raise SourceNotFound(
@@ -360,4 +368,4 @@ def _portable(source: str, name: str) -> str:
 
 
 def _name_of(image: Any) -> str:
-    return encode_path(os.path.abspath(image)) if isinstance(image, str | os.PathLike) else "picture"
+    return encode_path(absolute_path(image)) if isinstance(image, str | os.PathLike) else "picture"

@@ -24,7 +24,13 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def index(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders or image files.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Folders, images, manifests (.txt, .csv, .jsonl, .parquet), tar shards, or URLs of these.",
+        ),
+    ],
     collection: CollectionOption = "default",
     home: HomeOption = None,
     exclude: Annotated[
@@ -117,6 +123,10 @@ def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
     _tell_counts("ignored, as they are no images", summary.ignored_by_type)
     _tell_counts("folders skipped", summary.skipped_folders)
     _tell_counts("files skipped", summary.skipped_files)
+    if "tar shard" in summary.ignored_by_type:
+        tell("tar shards in folders are left alone; to index what is in them, name them: dino-search index PATH/*.tar")
+    if summary.repeated:
+        tell(f"{summary.repeated} rows of manifests name a file again; the first one counts")
     if summary.unmatched_labels:
         tell(f"{summary.unmatched_labels} rows of the label file name no image that was found")
 

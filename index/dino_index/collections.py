@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.errors import CollectionError, CollectionNotFound, FingerprintMismatch, ModelNotFound
+from dino_index.image_paths import is_url, separator_of
 from dino_index.model_files import BUNDLED_VERSION, ModelSpec, resolve_model
 
 
@@ -126,13 +127,19 @@ def source_paths(session: Session, collection: CollectionInfo) -> dict[int, str]
 
 
 def join_path(source_path: str, portable_relative: str) -> str:
-    """The absolute path of an image row, as the operating system names it."""
-    return os.path.join(source_path, *decode_path(portable_relative).split("/"))
+    """The absolute path or URL of an image row, as the operating system names it."""
+    parts = decode_path(portable_relative).split("/")
+    if is_url(source_path):
+        return "/".join([source_path.rstrip("/"), *parts])
+    return os.path.join(source_path, *parts)
 
 
 def relative_path(path: str, source_path: str) -> str:
-    """The portable path of a file below its source, as an image row stores it."""
-    return encode_path(os.path.relpath(path, source_path).replace(os.sep, "/"))
+    """The portable path of what lies below its source, as an image row stores it."""
+    separator = separator_of(source_path)
+    if path == source_path:
+        return "."
+    return encode_path(path[len(source_path.rstrip(separator)) + 1 :].replace(separator, "/"))
 
 
 def option_for(name: str) -> str:

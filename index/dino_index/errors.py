@@ -18,7 +18,11 @@ DinoSearchError
 ├── SourceError
 │   ├── SourceNotFound      a given path does not exist or cannot be listed
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
-│   └── PruneRefused        pruning would drop more than looks intended
+│   ├── PruneRefused        pruning would drop more than looks intended
+│   ├── ManifestError       a manifest that cannot be read, lacks its column or has a malformed row
+│   ├── BackendMissing      a URL whose file system needs a package that is not installed
+│   └── RelocationRefused   files are not at the new place, or are known there already
+├── FilterError             a filter that cannot be parsed or names no field of the collection
 ├── RecipeError             a pretraining recipe with an unknown key or a value out of range
 ├── RunError
 │   ├── RunExists           the output folder holds a run already
@@ -146,6 +150,22 @@ class NoImagesFound(SourceError):
 
 class PruneRefused(SourceError):
     code = "prune_refused"
+
+
+class ManifestError(SourceError):
+    code = "manifest"
+
+
+class BackendMissing(SourceError):
+    code = "backend_missing"
+
+
+class RelocationRefused(SourceError):
+    code = "relocation_refused"
+
+
+class FilterError(DinoSearchError):
+    code = "filter"
 
 
 class RecipeError(DinoSearchError):

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
 from dino_index.collections import CollectionInfo, advance_generation, generation_of, join_path
+from dino_index.image_paths import is_gone
 from dino_index.recording import forget_vector
 from dino_index.snapshots import (
     SnapshotDamaged,
@@ -55,14 +56,14 @@ def verify_collection(
     if faulty and reindex:
         _discard(catalog, collection, list(faulty))
         _give_up_on_lost_files(catalog, collection, faulty)
-        reindex([path for path in sorted(set(faulty.values())) if os.path.exists(path)])
+        reindex([path for path in sorted(set(faulty.values())) if not _is_lost(path)])
         still_faulty = _faulty_images(catalog, collection, IntegrityReport())
         readable = _readable_ids(catalog, collection)
         for image_id, path in faulty.items():
             if image_id in readable and image_id not in still_faulty:
                 report.repaired.append(f"{path}: its embedding was damaged")
             else:
-                fate = "cannot be read" if os.path.exists(path) else "is gone"
+                fate = "is gone" if _is_lost(path) else "cannot be read"
                 report.problems.append(f"{path}: its embedding was damaged and its file {fate}")
     else:
         report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
@@ -139,7 +140,7 @@ def _discard(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[i
 
 def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty: Mapping[int, str]) -> None:
     """Enters images with neither a sound embedding nor a file into the ledger."""
-    lost = [image_id for image_id, path in faulty.items() if not os.path.exists(path)]
+    lost = [image_id for image_id, path in faulty.items() if _is_lost(path)]
     if not lost:
         return
     with catalog.writing() as session:
@@ -149,6 +150,11 @@ def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty:
             image.status, image.error_code, image.sha256 = "failed", "vanished", None
             image.error_message = "its embedding was damaged and the file is gone"
             forget_vector(session, collection, image_id, generation)
+
+
+def _is_lost(path: str) -> bool:
+    """Whether an image's file is known not to be there."""
+    return is_gone(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
@@ -20,6 +21,7 @@ from dino_index.collections import CollectionInfo, advance_generation, join_path
 from dino_index.embedding import EmbeddedFile, FailedFile
 from dino_index.errors import ImageError
 from dino_index.image_files import ListedFile
+from dino_index.image_paths import ancestors, is_gone, is_url
 
 
 class Sources:
@@ -27,15 +29,18 @@ class Sources:
 
     def __init__(self, paths_by_id: Mapping[int, str]) -> None:
         self.paths_by_id = dict(paths_by_id)
-        self._by_length = sorted(self.paths_by_id.items(), key=lambda item: len(item[1]), reverse=True)
+        self._ids = {path: source_id for source_id, path in self.paths_by_id.items()}
 
     @classmethod
     def covering(cls, session: Session, collection: CollectionInfo, paths: Sequence[str]) -> Sources:
-        """The collection's sources, with those added that the given absolute paths lack."""
+        """The collection's sources, with those added that the given absolute paths lack.
+
+        Of a file, the folder that holds it is taken; a URL is taken as it is.
+        """
         sources = cls(source_paths(session, collection))
         # Shorter paths first, so that of a folder and its sub-folder only the folder becomes a source.
         for path in sorted(paths, key=len):
-            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            folder = path if is_url(path) or os.path.isdir(path) else os.path.dirname(path)
             if sources.find(folder) is None:
                 row = SourceRow(collection_id=collection.id, path=encode_path(folder))
                 session.add(row)
@@ -45,18 +50,13 @@ class Sources:
 
     def find(self, path: str) -> int | None:
         """Id of the nearest source that holds the path or is it."""
-        return next((source_id for source_id, source in self._by_length if is_below(path, source)), None)
+        return next((self._ids[folder] for folder in ancestors(path) if folder in self._ids), None)
 
     def locate(self, path: str) -> tuple[int, str]:
         """(source id, portable relative path) of a file below one of the sources."""
         source_id = self.find(path)
         assert source_id is not None, path
         return source_id, relative_path(path, self.paths_by_id[source_id])
-
-
-def is_below(path: str, folder: str) -> bool:
-    """Whether a path is the folder or lies in it; both absolute."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 class BatchRecorder:
@@ -69,8 +69,17 @@ class BatchRecorder:
         self.moved_ids: set[int] = set()
         """Images that were found again under another path."""
 
-    def record(self, outcomes: Sequence[EmbeddedFile | FailedFile], labels: Mapping[str, str] | None) -> Counter[str]:
-        """Writes the outcomes; returns how many were `added`, `updated`, `skipped`, `failed`."""
+    def record(
+        self,
+        outcomes: Sequence[EmbeddedFile | FailedFile],
+        labels: Mapping[str, str] | None,
+        facts: Mapping[str, dict[str, Any]] | None = None,
+    ) -> Counter[str]:
+        """Writes the outcomes; returns how many were `added`, `updated`, `skipped`, `failed`.
+
+        labels, facts: by absolute path, for images that get new ones; facts are what a manifest says about one.
+        """
+        facts = facts or {}
         counts: Counter[str] = Counter()
         rows = self._rows_by_path([outcome.file.path for outcome in outcomes])
         embedded = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedFile)]
@@ -90,7 +99,7 @@ class BatchRecorder:
                 row = candidates.pop()
                 row.source_id, row.path = self._sources.locate(path)
                 self.moved_ids.add(row.id)
-            result = self._record_image(outcome, row, labels)
+            result = self._record_image(outcome, row, labels, facts.get(path))
             counts["updated" if row is not None and row.id in self.moved_ids else result] += 1
         return counts
 
@@ -123,7 +132,7 @@ class BatchRecorder:
                 )
             )
             for row in rows:
-                if not os.path.lexists(join_path(self._sources.paths_by_id[row.source_id], row.path)):
+                if is_gone(join_path(self._sources.paths_by_id[row.source_id], row.path)):
                     assert row.sha256 is not None
                     found.setdefault(row.sha256, []).append(row)
         return found
@@ -152,7 +161,13 @@ class BatchRecorder:
             self._session.execute(insert(EmbeddingRow), rows)
         return digests - stored - new.keys()
 
-    def _record_image(self, item: EmbeddedFile, row: ImageRow | None, labels: Mapping[str, str] | None) -> str:
+    def _record_image(
+        self,
+        item: EmbeddedFile,
+        row: ImageRow | None,
+        labels: Mapping[str, str] | None,
+        manifest_facts: dict[str, Any] | None,
+    ) -> str:
         facts, path = item.facts, item.file.path
         if row is None:
             source_id, name = self._sources.locate(path)
@@ -161,6 +176,7 @@ class BatchRecorder:
         else:
             unchanged = row.status == "ok" and row.sha256 == facts.sha256
             relabelled = labels is not None and labels.get(path, row.label) != row.label
+            relabelled = relabelled or manifest_facts not in (None, row.facts)
             result = "skipped" if unchanged and not relabelled else "updated"
         if row.status != "ok" or row.sha256 != facts.sha256:
             row.generation = self._generation
@@ -169,6 +185,8 @@ class BatchRecorder:
         row.status, row.error_code, row.error_message = "ok", None, None
         if labels is not None:
             row.label = labels.get(path, row.label)
+        if manifest_facts is not None:
+            row.facts = manifest_facts
         self._session.add(row)
         return result
 
