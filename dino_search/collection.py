@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dino_index.backbones import Backbone, Device
     from dino_index.integrity import IntegrityReport
+    from dino_index.relocation import Relocation
     from dino_index.vector_index import VectorIndex
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -247,6 +248,16 @@ class Collection:
                 chosen |= matching
             remove_images(session, collection, sorted(chosen))
         return len(chosen)
+
+    def relocate(self, old: str, new: StrPath, *, everywhere: bool = False, unchecked: bool = False) -> Relocation:
+        """Rewrites the paths of images below a folder that was moved; nothing is read or embedded again.
+
+        everywhere: in all collections of the home. Raises as `dino_index.relocation.relocate` does.
+        """
+        from dino_index.relocation import relocate
+
+        name = None if everywhere else self.name
+        return relocate(self._existing_catalog(), old, new, collection=name, unchecked=unchecked)
 
     def _search(
         self, images: Sequence[Picture], k: int, *, labelled: bool, min_score: float | None = None

@@ -75,9 +75,8 @@ def labels_from_csv(label_file: str | Path, paths: Sequence[str], listed: Contai
                 if any("\ud800" <= character <= "\udfff" for character in row["label"]):
                     raise LabelFileError(f"{label_file}, line {rows.line_num}: expected a label in UTF-8, found {row}")
                 candidates = [_join(folder, row["path"]) for folder in folders]
-                path = next((each for each in candidates if each in listed), None)
-                path = path or next(filter(os.path.lexists, candidates), candidates[0])
-                labels[path] = row["label"]
+                known = [path for path in candidates if path in listed] or filter(os.path.lexists, candidates)
+                labels[next(iter(known), candidates[0])] = row["label"]
     except (OSError, csv.Error) as error:
         raise LabelFileError(f"the label file {label_file} cannot be read: {error}") from error
     return labels

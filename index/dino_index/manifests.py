@@ -212,9 +212,10 @@ def _to_python(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     try:
-        return column.cast(_without_nanoseconds(column.type), safe=False).to_pylist()
+        values: list[Any] = column.cast(_without_nanoseconds(column.type), safe=False).to_pylist()
     except (ValueError, OverflowError, pa.ArrowException):
-        return column.cast(pa.string()).to_pylist()
+        values = column.cast(pa.string()).to_pylist()
+    return values
 
 
 def _without_nanoseconds(kind: pa.DataType) -> pa.DataType:

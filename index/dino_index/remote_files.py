@@ -84,7 +84,8 @@ def list_folder(url: str) -> tuple[list[RemoteFile], dict[str, ImageError]]:
         else:
             entries = list(_walk(filesystem, url, root, failures))
     root = root.rstrip("/")
-    files, undescribed = [], []
+    files: list[RemoteFile] = []
+    undescribed: list[RemoteFile] = []
     for facts in entries:
         file = RemoteFile(f"{url.rstrip('/')}/{_below(facts, root)}", _size(facts), version_of(facts))
         (undescribed if file.size is None else files).append(file)
