@@ -114,20 +114,29 @@ class Collection:
             should_stop=should_stop,
         )
 
-    def search(self, image: Picture, *, k: int = 10, min_score: float | None = None) -> SearchResults:
+    def search(
+        self, image: Picture, *, k: int = 10, min_score: float | None = None, filters: Sequence[str] = ()
+    ) -> SearchResults:
         """The k images most like a picture: a path, an image file's bytes or a Pillow image.
 
-        min_score: leave out results with a lower cosine.
-        Raises CollectionNotFound, CollectionEmpty, ImageError, ModelError, CatalogError; ValueError for k < 1.
+        min_score: leave out results with a lower cosine. filters: conditions such as `year >= 1990` that all results
+        fulfil; see `dino_index.filters`.
+        Raises CollectionNotFound, CollectionEmpty, FilterError, ImageError, ModelError, CatalogError; ValueError for
+        k < 1.
         """
-        return self._search([image], k, labelled=False, min_score=min_score)[0]
+        return self._search([image], k, labelled=False, min_score=min_score, filters=filters)[0]
 
     def classify(
-        self, images: Picture | Sequence[Picture], *, k: int = 20, temperature: float = 0.07
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        k: int = 20,
+        temperature: float = 0.07,
+        filters: Sequence[str] = (),
     ) -> Classifications:
         """The label of each picture by weighted vote of its k nearest labelled images.
 
-        Raises NoLabels, and as `search` does.
+        filters: conditions that the voters fulfil, as for `search`. Raises NoLabels, and as `search` does.
         """
         from dino_index.knn import vote
 
@@ -135,7 +144,7 @@ class Collection:
         pictures = cast("Sequence[Picture]", pictures if isinstance(pictures, Sequence) else [pictures])
         results = []
         model = self.model_name()
-        for found in self._search(pictures, k, labelled=True) if pictures else []:
+        for found in self._search(pictures, k, labelled=True, filters=filters) if pictures else []:
             labels = [result.label or "" for result in found.results]
             ranked = vote([result.score for result in found.results], labels, temperature)
             results.append(
@@ -260,15 +269,23 @@ class Collection:
         return relocate(self._existing_catalog(), old, new, collection=name, unchecked=unchecked)
 
     def _search(
-        self, images: Sequence[Picture], k: int, *, labelled: bool, min_score: float | None = None
+        self,
+        images: Sequence[Picture],
+        k: int,
+        *,
+        labelled: bool,
+        min_score: float | None = None,
+        filters: Sequence[str] = (),
     ) -> list[SearchResults]:
         """Neighbours of each picture, all from one state of the collection."""
         import numpy as np
 
+        from dino_index.filters import matching_ids, parse_filter
         from dino_index.vector_index import VectorIndex
 
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}")
+        parsed = [parse_filter(text) for text in filters]
         catalog = self._existing_catalog()
         with catalog.reading() as session:
             collection = find_collection(session, self.name)
@@ -282,6 +299,11 @@ class Collection:
                     f"collection {self.name!r} has no readable image; run: dino-search index FOLDER-WITH-PICTURES"
                 )
             allowed = _labelled_ids(session, collection) if labelled else None
+            if parsed:
+                passing = matching_ids(session, collection, parsed)
+                allowed = passing if allowed is None else np.intersect1d(allowed, passing, assume_unique=True)
+                if labelled and not len(allowed):
+                    raise NoLabels(f"no labelled image of collection {collection.name!r} passes the filter")
             return [
                 SearchResults(
                     query=_name_of(image),

@@ -35,7 +35,7 @@ from dino_index.image_paths import absolute_path, ancestors, is_below, is_gone, 
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
 from dino_index.recording import BatchRecorder, Sources, remove_images
-from dino_index.source_listing import by_image, list_sources, shard_files
+from dino_index.source_listing import by_image, list_sources, shard_files, sidecar_values
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
@@ -195,7 +195,8 @@ class _Run:
         self._options = options
         self._device = device
         self._backbone: Backbone | None = None
-        self._facts: dict[str, dict[str, Any]] = by_image(listing.facts, listing)
+        sidecar_labels, sidecar_facts = sidecar_values(listing)
+        self._facts: dict[str, dict[str, Any]] = sidecar_facts | by_image(listing.facts, listing)
         self._moved_ids: set[int] = set()
         self.summary = IndexSummary(
             ignored=sum(listing.ignored.values()),
@@ -204,7 +205,7 @@ class _Run:
             skipped_files=dict(listing.skipped_files),
             repeated=listing.num_repeated,
         )
-        self._labels = self._read_labels()
+        self._labels = self._read_labels(sidecar_labels)
 
     def open_collection(self, name: str, model: ModelSpec | None, default_model: Callable[[], ModelSpec]) -> None:
         with self._catalog.reading() as session:
@@ -359,17 +360,18 @@ class _Run:
             self.summary.images = count_images(session, self._collection)["ok"]
         return self.summary
 
-    def _read_labels(self) -> dict[str, str] | None:
+    def _read_labels(self, sidecar_labels: dict[str, str]) -> dict[str, str] | None:
+        """Label by path: what a manifest says goes before what was asked for, and that before what shards say."""
         of_manifests: dict[str, str] = by_image(self._listing.labels, self._listing)
         if self._options.labels is None:
-            return of_manifests or None
+            return (sidecar_labels | of_manifests) or None
         files = [file.path for file in self._files]
         places = [*self._given, *(shard.path for shard in self._listing.shards)]
         if self._options.labels == FROM_FOLDERS:
-            return labels_from_folders(places, files) | of_manifests
+            return sidecar_labels | labels_from_folders(places, files) | of_manifests
         labels = labels_from_csv(self._options.labels, places, set(files))
         self.summary.unmatched_labels = len(labels.keys() - set(files))
-        return labels | of_manifests
+        return sidecar_labels | labels | of_manifests
 
     def _places_without(self, sources: Sources) -> list[str]:
         """Folders and URLs that need a source of their own, for everything listed to lie below one."""

@@ -24,6 +24,8 @@ from dino_index.image_files import has_image_name
 from dino_index.image_paths import is_url
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+SIDECAR_SUFFIXES = (".cls", ".json")
+_MAX_SIDECAR_BYTES = 1 << 20
 # Of all shards that are remembered together; some 200 bytes each.
 _MAX_REMEMBERED = 200_000
 
@@ -34,7 +36,8 @@ class Shard:
 
     names: as in the archive, without `./` and doubled `/`. sizes, offsets: in bytes, of and within the archive.
     mtime_ns: of the archive; of one behind a URL, its version (see `remote_files`).
-    ignored: members that are no image by name, hidden ones, and earlier ones of the same name, by kind.
+    sidecars: (name, offset, size) of members that may say something about an image: `.cls` and `.json`.
+    ignored: members that are no image by name, hidden ones, and earlier ones of the same name, by kind; sidecars too.
     damage: what ends the archive early or makes it none; the images before that place are listed.
     """
 
@@ -44,6 +47,7 @@ class Shard:
     names: list[str] = field(default_factory=list)
     sizes: array[int] = field(default_factory=lambda: array("q"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
+    sidecars: list[tuple[str, int, int]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     damage: ImageError | None = None
 
@@ -100,6 +104,28 @@ def read_at(path: str, offset: int, num_bytes: int, limits: ReadLimits = DEFAULT
     check_num_bytes(num_bytes, limits)
     with _opened(path) as (file, _, _):
         return _read(path, file, offset, num_bytes, limits)
+
+
+def read_sidecars(shard: Shard) -> Iterator[tuple[str, str, bytes | None]]:
+    """(key, suffix, bytes) of what a shard says about its images; None for bytes that are too many.
+
+    As WebDataset has it, the key is a member's name up to the first dot behind its folders: `a/1.jpg`, `a/1.cls` and
+    `a/1.json` are of one sample. Raises ImageError.
+    """
+    if not shard.sidecars:
+        return
+    with _opened(shard.path) as (file, _, _):
+        for name, offset, num_bytes in shard.sidecars:
+            data = None
+            if num_bytes <= _MAX_SIDECAR_BYTES:
+                file.seek(offset)
+                data = file.read(num_bytes)
+            yield sample_key(name), "." + name.rpartition(".")[2], data
+
+
+def sample_key(name: str) -> str:
+    folder, slash, file_name = name.rpartition("/")
+    return folder + slash + file_name.partition(".")[0]
 
 
 def _read(path: str, file: IO[bytes], offset: int, num_bytes: int, limits: ReadLimits) -> bytes:
@@ -193,8 +219,10 @@ def _add_members(shard: Shard, file: IO[bytes], tar: tarfile.TarFile) -> str | N
             if not 0 <= member.size <= shard.size - member.offset_data:
                 return f"it ends within {member.name}"
             name = _clean_name(member.name)
-            if not member.isreg() or member.issparse() or name is None:
+            if not member.isreg() or member.issparse() or name is None or not has_image_name(name):
                 shard.ignored["shard member"] += not member.isdir()
+                if name is not None and name.endswith(SIDECAR_SUFFIXES) and member.isreg() and not member.issparse():
+                    shard.sidecars.append((name, member.offset_data, member.size))
                 continue
             # As when a tar is unpacked, the last of several members with one name counts.
             shard.ignored["replaced shard member"] += latest.pop(name, None) is not None
@@ -211,9 +239,9 @@ def _add_members(shard: Shard, file: IO[bytes], tar: tarfile.TarFile) -> str | N
 
 
 def _clean_name(member_name: str) -> str | None:
-    """The name of an image within its shard; None for what is no image by name, is hidden, or leads out of it."""
+    """The name of a member within its shard; None for what is hidden or leads out of it."""
     parts = [part for part in member_name.split("/") if part not in ("", ".")]
-    if not parts or any(part.startswith(".") for part in parts) or not has_image_name(parts[-1]):
+    if not parts or any(part.startswith(".") for part in parts):
         return None
     if "\0" in member_name:  # no path can hold it
         return None

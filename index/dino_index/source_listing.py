@@ -5,6 +5,7 @@ Nothing is left out silently: what is no image is counted, what should be one an
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,16 @@ from dino_index.image_files import (
     type_by_name,
 )
 from dino_index.image_paths import absolute_path, is_shard_name, is_url, parent_of, split_member
-from dino_index.manifests import is_manifest, read_manifest
-from dino_index.shards import COMPRESSED_SUFFIXES, Shard, find_member, member_path, read_shard
+from dino_index.manifests import is_manifest, read_manifest, to_json_value
+from dino_index.shards import (
+    COMPRESSED_SUFFIXES,
+    Shard,
+    find_member,
+    member_path,
+    read_shard,
+    read_sidecars,
+    sample_key,
+)
 
 if TYPE_CHECKING:
     from dino_index.remote_files import RemoteFile
@@ -38,7 +47,8 @@ def list_sources(
     Folders and single files are taken as by `list_images`, except for these:
     - a given .txt, .csv, .jsonl or .parquet file: a manifest of images and shards, by paths relative to it or URLs;
       see `manifests`. What it names and is not there becomes a failure, `vanished`.
-    - .tar: a shard. Its members are images if their extension is one of an image and no part of their name is hidden.
+    - .tar: a shard. Its members are images if their extension is one of an image and no part of their name is hidden;
+      what `.cls` and `.json` members say about them, `sidecar_values` has.
     - `SHARD.tar/MEMBER`: one image in a shard.
     - a URL: of a folder, which is listed with all that is below it by the names alone, or of any of the above.
 
@@ -297,3 +307,45 @@ def by_image(values: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
             if (value := values.get(path, values.get(shard.path))) is not None:
                 found[path] = value
     return found
+
+
+def sidecar_values(listing: Listing) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """(labels, facts) that shards themselves say about their images, by path: `1.cls` and `1.json` about `1.jpg`.
+
+    What cannot be read of them is counted as skipped in the listing.
+    """
+    labels: dict[str, str] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for shard in listing.shards:
+        label_by_key: dict[str, str] = {}
+        facts_by_key: dict[str, dict[str, Any]] = {}
+        try:
+            for key, suffix, data in read_sidecars(shard):
+                value = None if data is None else _parse_sidecar(suffix, data)
+                if isinstance(value, str):
+                    label_by_key[key] = value
+                elif value is not None:
+                    facts_by_key[key] = value
+                else:
+                    listing.skipped_files["unreadable .cls or .json in a shard"] += 1
+        except ImageError as error:
+            listing.failures.append(ListingFailure(shard.path, error.reason, str(error)))
+        if label_by_key or facts_by_key:
+            for number, name in enumerate(shard.names):
+                key, path = sample_key(name), shard.path_of(number)
+                if key in label_by_key:
+                    labels[path] = label_by_key[key]
+                if key in facts_by_key:
+                    facts[path] = facts_by_key[key]
+    return labels, facts
+
+
+def _parse_sidecar(suffix: str, data: bytes) -> str | dict[str, Any] | None:
+    """A label, or facts as JSON values; None for what is neither."""
+    try:
+        if suffix == ".cls":
+            return data.decode("utf-8").replace("\0", "").strip() or None
+        value = to_json_value(json.loads(data))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

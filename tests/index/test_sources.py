@@ -262,6 +262,31 @@ def test_labels_of_shards_come_from_manifests_folders_and_csv_files(index: Index
     assert [(facts["label"], facts["facts"]) for facts in images_of(home).values()] == [("all", {"year": "1987"})] * 2
 
 
+def test_samples_of_webdataset_bring_labels_and_metadata(index: Index, home: Path, tmp_path: Path) -> None:
+    members = {
+        "a/1.cls": b"7\n", "a/1.jpg": jpeg(1), "a/1.json": b'{"year": 1987, "x": NaN}', "a/1.mask.png": jpeg(2),
+        "2.jpg": jpeg(3), "2.json": b"[1]", "3.jpg": jpeg(4), "3.cls": b"\xff", "4.jpg": jpeg(5), "4.json": b"{",
+        "5.jpg": jpeg(6), "5.json": b" " * (2 << 20),
+    }  # fmt: skip
+    shard = write_shard(tmp_path / "s.tar", members)
+    summary = index(shard)
+    assert (counts(summary), summary.skipped_files) == (
+        {"added": 6, "ignored": 6}, {"unreadable .cls or .json in a shard": 4},
+    )  # fmt: skip
+    images = images_of(home)
+    for name in ("a/1.jpg", "a/1.mask.png"):
+        assert (images[f"{shard}/{name}"]["label"], images[f"{shard}/{name}"]["facts"]) == (
+            "7",
+            {"year": 1987, "x": None},
+        )
+    assert {
+        (images[f"{shard}/{name}.jpg"]["label"], str(images[f"{shard}/{name}.jpg"]["facts"])) for name in "2345"
+    } == {(None, "{}")}
+    assert counts(index(shard))["skipped"] == 6
+    index(shard, labels="folders")
+    assert images_of(home)[f"{shard}/a/1.jpg"]["label"] == "a"
+
+
 def test_exclude_counts_inside_shards(index: Index, home: Path, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {"raw/1.jpg": jpeg(1), "2.jpg": jpeg(2), "3.png.jpg": jpeg(3)})
     summary = index(shard, exclude=["raw/", "3.*"])

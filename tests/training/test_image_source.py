@@ -294,6 +294,13 @@ def test_labels_from_a_csv_file_and_a_manifest_before_it(tmp_path: Path) -> None
     assert source.labels == ["uno", "two", None, "four"]
 
 
+def test_labels_inside_shards_count_where_nothing_else_does(tmp_path: Path) -> None:
+    members = {"1.jpg": jpeg(1), "1.cls": b"3", "cows/2.jpg": jpeg(2), "cows/2.cls": b"4"}
+    shard = write_shard(tmp_path / "s.tar", members)
+    assert ImageSource.open([shard]).labels is None
+    assert ImageSource.open([shard], labels="folders").labels == ["3", "cows"]
+
+
 def test_label_file_without_its_columns_is_an_error(tmp_path: Path) -> None:
     write_pictures(tmp_path, "a.jpg")
     (tmp_path / "labels.csv").write_text("file,class\n")

@@ -13,7 +13,7 @@ from dino_index.errors import ImageError
 from dino_index.image_files import Listing
 from dino_index.image_paths import absolute_path
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
-from dino_index.source_listing import by_image, list_sources
+from dino_index.source_listing import by_image, list_sources, sidecar_values
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,8 @@ def list_images_of_run(paths: Sequence[str | os.PathLike[str]], *, labels: str =
     skipped.
 
     labels: `none`; `folders`, the first folder below a given one or inside a shard; or a CSV file with the columns path
-    and label. What a manifest says goes before either; its label for a shard is that of every image in it.
+    and label. What a manifest says goes before either; its label for a shard is that of every image in it. What a
+    shard says by `.cls` members counts where nothing else does.
 
     Raises SourceNotFound, ManifestError and BackendMissing as `list_sources` does; LabelFileError for a CSV file that
     lacks what it should have.
@@ -79,5 +80,5 @@ def _labels(found: ListedImages, listing: Listing, given: Sequence[str], labels:
         by_name = labels_from_folders(places, found.names)
     else:
         by_name = labels_from_csv(labels, places, set(found.names))
-    by_name |= by_image(listing.labels, listing)
+    by_name = sidecar_values(listing)[0] | by_name | by_image(listing.labels, listing)
     return [sys.intern(label) if (label := by_name.get(name)) is not None else None for name in found.names]
