@@ -33,7 +33,7 @@ def add_commands(app: typer.Typer) -> None:
 def pretrain(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES...", help="Folders, image files, manifests (.txt .csv .jsonl), .tar shards."),
+        typer.Argument(metavar="IMAGES...", help="Folders, images, manifests, tar shards, or URLs of these."),
     ],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for weights, checkpoints, metrics and report.")],
     recipe: Annotated[

@@ -7,6 +7,7 @@ them. A value that is not there (no label, no such key) is different from every 
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, and_, false, func, literal, not_, or_, select
+from sqlalchemy import ColumnElement, Text, and_, cast, false, func, literal, not_, or_, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import ImageRow
@@ -95,17 +96,19 @@ def matching_ids(session: Session, collection: CollectionInfo, filters: Sequence
     unseen = {each.key for each in of_metadata}
     ids: list[int] = []
     rows = session.execute(
-        select(ImageRow.id, ImageRow.facts).where(*conditions).order_by(ImageRow.id),
+        # As text, which takes half the time of letting the database's interface parse it.
+        select(ImageRow.id, cast(ImageRow.facts, Text)).where(*conditions),
         execution_options={"yield_per": _ROWS_PER_FETCH},
     )
-    for image_id, facts in rows:
+    for image_id, text in rows:
+        facts = json.loads(text)
         if unseen:
             unseen -= facts.keys()
         if all(test(facts.get(key)) for key, test in tests):
             ids.append(image_id)
     if unseen:
         _require_known_keys(session, collection, unseen)
-    return np.array(ids, np.int64)
+    return np.sort(np.array(ids, np.int64))
 
 
 def _require_known_keys(session: Session, collection: CollectionInfo, keys: set[str]) -> None:
@@ -181,12 +184,12 @@ def _condition(session: Session, collection: CollectionInfo, each: Filter) -> Co
     return _time_condition(each)
 
 
-def _compared(column: ColumnElement[Any], operator_: str, value: ColumnElement[Any]) -> ColumnElement[bool]:
+def _compared(column: Any, operator_: str, value: ColumnElement[Any]) -> ColumnElement[bool]:
     condition: ColumnElement[bool] = _COMPARE[operator_](column, value)
     return or_(condition, column.is_(None)) if operator_ == "!=" else condition
 
 
-def _ordered(session: Session, column: ColumnElement[str]) -> ColumnElement[str]:
+def _ordered(session: Session, column: Any) -> Any:
     """The text in an order that is the same on every machine, by its characters' numbers."""
     return column.collate("C") if session.get_bind().dialect.name == "postgresql" else column
 
@@ -196,7 +199,7 @@ def _path_condition(session: Session, collection: CollectionInfo, each: Filter) 
     conditions = []
     for source_id, source in source_paths(session, collection).items():
         separator = separator_of(source)
-        below: ColumnElement[str] = ImageRow.path
+        below: Any = ImageRow.path
         if separator != "/":
             below = func.replace(ImageRow.path, "/", separator)
         prefix = literal(encode_path(source.rstrip(separator)) + separator)
