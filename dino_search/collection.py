@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow, bound_parts
+from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
 from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
@@ -170,6 +170,8 @@ class Collection:
                 "input_size": collection.model_config["input_size"],
                 "pooling": collection.model_config["pooling"],
                 "index_type": snapshot.index_type if snapshot else "flat",
+                "index_reason": snapshot.reason if snapshot else "few enough to compare all without an index file",
+                "index_type_asked": session.get_one(CollectionRow, collection.id).index_type,
                 "images_in_snapshot": snapshot.num_vectors if snapshot else 0,
                 "labels": sum(label is not None for label in labels),
                 "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),

@@ -44,6 +44,14 @@ def index(
         str | None,
         typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's"),
     ] = None,
+    index_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|flat|hnsw|ivf|ivfpq|FACTORY",
+            help="How vectors are indexed; FACTORY: a FAISS factory string.",
+            show_default="the collection's",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
@@ -72,6 +80,7 @@ def index(
             prune=prune,
             prune_any=yes,
             labels=labels,
+            index_type=index_type,
             embedding=EmbeddingSettings(
                 batch_size=batch_size,
                 workers=workers,

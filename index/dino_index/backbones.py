@@ -5,17 +5,14 @@ Shapes: B pictures, H x W pixels, C channels of a picture (red, green, blue, or 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from dino_index.descriptors import descriptors
 from dino_index.errors import ArchitectureUnknown, ModelError, WeightsMismatch
+from dino_index.matrix_products import bfloat16_is_faster
 from dino_index.model_files import ModelSpec
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -31,9 +29,6 @@ Device = Literal["auto", "cpu", "cuda"]
 GREY = (0.299, 0.587, 0.114)
 
 _MAX_KEYS_LISTED = 8
-# Products tried in each number format, and how much faster bfloat16 must be to be worth its rounding.
-_NUM_TRIALS = 8
-_MIN_GAIN = 1.3
 # By device and whether it computes in bfloat16. On processors the activations should stay in the cache.
 _BATCH_SIZES = {("cpu", False): 16, ("cpu", True): 32, ("cuda", False): 128, ("cuda", True): 256}
 
@@ -112,33 +107,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster (GPUs since Ampere; processors by trial), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if _bfloat16_is_faster() else torch.float32
-
-
-@cache
-def _bfloat16_is_faster() -> bool:
-    """Whether this processor multiplies matrices of bfloat16 faster than of float32, tried for some milliseconds.
-
-    Instruction sets do not tell: AVX512-BF16 without AMX makes Xeons slower (0.6 times) and Zen 5 four times as fast.
-    """
-    has_instructions = any(
-        getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    )
-    if not has_instructions:
-        return False
-    seconds: dict[torch.dtype, float] = {}
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            tokens_BD, weights_FD = torch.ones(1024, 192, dtype=dtype), torch.ones(768, 192, dtype=dtype)
-            trials = [_seconds_of_product(tokens_BD, weights_FD) for _ in range(1 + _NUM_TRIALS)]
-            seconds[dtype] = min(trials[1:])  # the first one prepares its kernel; other work only ever adds time
-    return seconds[torch.float32] > _MIN_GAIN * seconds[torch.bfloat16]
-
-
-def _seconds_of_product(tokens_BD: Tensor, weights_FD: Tensor) -> float:
-    start = time.perf_counter()
-    F.linear(tokens_BD, weights_FD)
-    return time.perf_counter() - start
+    return torch.bfloat16 if bfloat16_is_faster() else torch.float32
 
 
 def _to_float16(vectors_BD: Tensor) -> NDArray[np.float16]:

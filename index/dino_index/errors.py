@@ -14,7 +14,9 @@ DinoSearchError
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
 │   ├── CollectionEmpty     a collection without one readable image
-│   └── NoLabels            classification without labelled images
+│   ├── NoLabels            classification without labelled images
+│   ├── IndexTypeInvalid    neither a named index type nor a FAISS factory string
+│   └── TooLittleMemory     an index that would not fit into memory
 ├── SourceError
 │   ├── SourceNotFound      a given path does not exist or cannot be listed
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
@@ -128,6 +130,14 @@ class CollectionEmpty(CollectionError):
 
 class NoLabels(CollectionError):
     code = "no_labels"
+
+
+class IndexTypeInvalid(CollectionError):
+    code = "index_type_invalid"
+
+
+class TooLittleMemory(CollectionError):
+    code = "too_little_memory"
 
 
 class SourceError(DinoSearchError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select, update
 
-from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
 from dino_index.collections import (
     CollectionInfo,
     count_images,
@@ -30,6 +30,7 @@ from dino_index.collections import (
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, embed_files
 from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, PruneRefused
 from dino_index.image_files import ListedFile, Listing, check_patterns, list_images
+from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
 from dino_index.recording import BatchRecorder, Sources, is_below, remove_images
@@ -46,6 +47,8 @@ _MAX_PRUNED_FRAC = 0.2
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
 _MIN_DELTA_TO_COMPACT = 1000
 _MAX_DELTA_FRAC = 0.1
+# An index of fewer fits anywhere.
+_MIN_IMAGES_TO_WEIGH = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ class IndexOptions:
     """Prune even when a root is missing or empty, or more than a fifth would go."""
     labels: str | Path | None = None
     """`folders`, or a CSV file with the columns path and label."""
+    index_type: str | None = None
+    """`auto`, `flat`, `hnsw`, `ivf`, `ivfpq` or a FAISS factory string; None keeps the collection's."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
     def __post_init__(self) -> None:
@@ -147,7 +152,7 @@ def index_paths(
     model: None takes the collection's own, or `default_model` for a new collection.
     should_stop: asked after each batch; the run then ends early and says so in the summary.
     Raises SourceNotFound, NoImagesFound (nothing at all to read), PruneRefused (after everything else is done),
-    LabelFileError, FingerprintMismatch and other ModelErrors, CatalogErrors.
+    LabelFileError, FingerprintMismatch and other ModelErrors, IndexTypeInvalid, TooLittleMemory, CatalogErrors.
     """
     given = [os.path.abspath(os.fspath(path)) for path in paths]
     missing = _missing_roots(catalog, collection_name, given) if options.prune and options.prune_any else set()
@@ -205,6 +210,7 @@ class _Run:
             self._spec = model or default_model()
             # Loaded before the collection exists: an unusable model must leave no trace.
             dim = self._load_backbone().dim
+            self._check_index_type(dim)
             with self._catalog.writing() as session:
                 collection = create_collection(session, name, self._spec, dim)
         elif model is None:
@@ -214,6 +220,7 @@ class _Run:
             self._spec = model
             self._remember_place_of_weights(collection)
         self._collection = collection
+        self._remember_index_type()
         with self._catalog.reading() as session:
             known_sources = Sources(source_paths(session, collection))
         if any(known_sources.find(path) is None for path in self._listed):
@@ -238,6 +245,7 @@ class _Run:
                 self.summary.skipped += 1
         if self._labels is not None:
             self.summary.unmatched_labels = len(self._labels.keys() - {file.path for file in self._listing.files})
+        self._require_memory()
         self._unlistable = [failure.path for failure in self._listing.failures]
         for path in self._unlistable:
             known.pop(path, None)
@@ -304,19 +312,60 @@ class _Run:
         self._remove(gone)
 
     def compact_if_worthwhile(self) -> None:
-        """Writes a snapshot when so much has changed since the last one that starting a search would be slow."""
+        """Writes a snapshot when so much has changed since the last one that starting a search would be slow.
+
+        Also when another type of index is wanted than there is.
+        """
         with self._catalog.reading() as session:
             snapshot = session.get(SnapshotRow, self._collection.id)
             num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
-            if since == generation_of(session, self._collection):
+            asked = session.get_one(CollectionRow, self._collection.id).index_type
+            built = snapshot.index_type if snapshot else AUTO
+            if since == generation_of(session, self._collection) and asked in (AUTO, built):
                 return
             delta = session.scalars(
                 select(func.count()).where(ImageRow.collection_id == self._collection.id, ImageRow.generation > since)
             ).one()
-        if delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before):
+        enough = delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before)
+        if enough or (asked not in (AUTO, built) and self._would_build_another(built)):
             from dino_index.snapshots import write_snapshot
 
-            write_snapshot(self._catalog, self._collection)
+            write_snapshot(self._catalog, self._collection, append=True)
+
+    def _would_build_another(self, built: str) -> bool:
+        """Whether the type that was asked for can be had by now: few vectors may train nothing but a flat index."""
+        from dino_index.snapshots import count_vectors, next_choice
+
+        with self._catalog.reading() as session:
+            num_vectors = count_vectors(session, self._collection)
+            return num_vectors > 0 and next_choice(session, self._collection, num_vectors).name != built
+
+    def _check_index_type(self, dim: int) -> None:
+        if self._options.index_type not in (None, *NAMED_INDEX_TYPES):
+            from dino_index.index_types import check_index_type
+
+            check_index_type(self._options.index_type or AUTO, dim)
+
+    def _remember_index_type(self) -> None:
+        """Stores the type that was asked for, if it is another than before."""
+        asked = self._options.index_type
+        if asked is None:
+            return
+        self._check_index_type(self._collection.dim)
+        with self._catalog.reading() as session:
+            before = session.get_one(CollectionRow, self._collection.id).index_type
+        if asked != before:
+            with self._catalog.writing() as session:
+                session.get_one(CollectionRow, self._collection.id).index_type = asked
+
+    def _require_memory(self) -> None:
+        """Raises TooLittleMemory before anything is embedded for an index that could then not be built."""
+        with self._catalog.reading() as session:
+            num_images = count_images(session, self._collection)["ok"] + len(self._to_read)
+            if num_images >= _MIN_IMAGES_TO_WEIGH:
+                from dino_index.snapshots import next_choice
+
+                next_choice(session, self._collection, num_images)
 
     def finish(self) -> IndexSummary:
         with self._catalog.reading() as session:

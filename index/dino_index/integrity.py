@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from sqlalchemy import delete, exists, select
@@ -19,6 +18,7 @@ from dino_index.catalog.portable_paths import decode_path
 from dino_index.collections import CollectionInfo, advance_generation, generation_of, join_path
 from dino_index.recording import forget_vector
 from dino_index.snapshots import (
+    Snapshot,
     SnapshotDamaged,
     read_snapshot,
     snapshot_ids,
@@ -158,17 +158,17 @@ def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | Non
         if row is None:
             return None
         try:
-            index = read_snapshot(catalog, collection, row)
+            snapshot = read_snapshot(catalog, collection, row)
         except SnapshotDamaged as error:
             return f"snapshot: {error}"
         if not snapshot_is_intact(catalog, collection, row):
             return f"snapshot: the bytes of {row.file_name} are not those that were written"
         if row.generation > generation_of(session, collection):
             return f"snapshot: {row.file_name} is newer than the catalog"
-        return _difference(session, collection, row, index)
+        return _difference(session, collection, row, snapshot)
 
 
-def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, index: Any) -> str | None:
+def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, snapshot: Snapshot) -> str | None:
     """Whether the snapshot holds exactly the images that it should, later changes aside."""
     ours = ImageRow.collection_id == collection.id
     settled = select(ImageRow.id).where(ours, ImageRow.status == "ok", ImageRow.generation <= row.generation)
@@ -177,7 +177,7 @@ def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, 
         RemovalRow.collection_id == collection.id, RemovalRow.generation > row.generation
     )
     later = set(session.scalars(changed)) | set(session.scalars(removed))
-    in_snapshot = set(snapshot_ids(index).tolist()) - later
+    in_snapshot = set(snapshot_ids(snapshot).tolist()) - later
     in_catalog = set(session.scalars(settled)) - later
     if in_snapshot == in_catalog:
         return None

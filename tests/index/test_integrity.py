@@ -18,7 +18,7 @@ from dino_index.collections import CollectionInfo, find_collection
 from dino_index.indexing import IndexSummary
 from dino_index.integrity import IntegrityReport, compact_collection, verify_collection
 from dino_index.recording import remove_images
-from dino_index.snapshots import build_index, load_vectors
+from dino_index.snapshots import load_vectors
 from sample_collections import (
     TINY_DIM,
     count_rows,
@@ -195,7 +195,9 @@ def test_a_snapshot_that_lacks_an_image_is_found_and_written_anew(indexed: Index
         vectors = load_vectors(session, find_collection(session, "default"))
     path = indexed.snapshot()
     vectors.ids_N[0] += 1000
-    faiss.write_index(build_index(vectors), str(path))
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.dim))
+    index.add_with_ids(vectors.vectors_ND, vectors.ids_N)
+    faiss.write_index(index, str(path))
     indexed.sql("UPDATE snapshot SET sha256 = ?", hashlib.sha256(path.read_bytes()).digest())
     (problem,) = indexed.verify().problems
     assert "lacks 1 images of the catalog and has 1 that are not in it" in problem
