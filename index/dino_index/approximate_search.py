@@ -25,17 +25,11 @@ _MAX_EFFORT = 8.0
 class ApproximateSearch:
     """A FAISS index over positions beside the vectors that it was built from. For one thread at a time."""
 
-    def __init__(
-        self, index: faiss.Index, rows: Rows, *, gpu_index: faiss.Index | None = None, max_scanned: int = _MAX_SCANNED
-    ) -> None:
-        """gpu_index: a clone, which answers searches without a filter: GPUs take none.
-
-        max_scanned: how many allowed vectors are compared with each other instead of searched for.
-        """
+    def __init__(self, index: faiss.Index, rows: Rows, *, gpu_index: faiss.Index | None = None) -> None:
+        """gpu_index: a clone, which answers searches without a filter: GPUs take none."""
         self._index = index
         self._rows = rows
         self._gpu_index = gpu_index
-        self._max_scanned = max_scanned
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,7 +50,8 @@ class ApproximateSearch:
         allowed_N: which vectors may be found; None for all.
         """
         num_allowed = len(self) if allowed_N is None else int(allowed_N.sum())
-        if num_allowed <= max(k, self._max_scanned, _MAX_SCANNED_FRAC * len(self) * (allowed_N is not None)):
+        max_scanned_frac = 0.0 if allowed_N is None else _MAX_SCANNED_FRAC
+        if num_allowed <= max(k, _MAX_SCANNED, max_scanned_frac * len(self)):
             return scan(self._rows, queries_QD, k, allowed_N)
         found = self._search(queries_QD, k, allowed_N, num_allowed)
         short = [query for query, positions in enumerate(found) if len(positions) < k]

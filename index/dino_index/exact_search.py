@@ -227,7 +227,7 @@ class _Rounded:
                 end = min(begin + _BLOCK, num_vectors)
                 scores_QB = self._block_scores(vectors_ND[begin:end], rounded_QD)
                 if searched_N is not None:
-                    scores_QB[:, torch.from_numpy(~searched_N[begin:end])] = _LOWEST
+                    scores_QB[:, np.flatnonzero(~searched_N[begin:end])] = _LOWEST
                 group_QG = scores_QB.view(len(queries_QD), _GROUP, -1).amax(dim=1)
                 best_QK = torch.cat([best_QK, group_QG], dim=1)
                 best_QK = best_QK.topk(min(k, best_QK.shape[1]), dim=1).values

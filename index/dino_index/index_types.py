@@ -34,9 +34,9 @@ _PQ_CENTROIDS = 256
 _MAX_TRAINING_VECTORS = 1_000_000
 
 # Search effort is chosen so that samples, searched before they are added, find this share of their 10 nearest.
-_WANTED_RECALL = 0.99
+_WANTED_RECALL = 0.995
 _K_TUNED = 10
-_NUM_SAMPLES = 256
+_NUM_SAMPLES = 512
 _EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 ROWS_PER_PART = 16_384
@@ -81,6 +81,10 @@ def check_index_type(asked: str, dim: int) -> None:
             f"--index-type must be one of {', '.join(NAMED_INDEX_TYPES)}, or a FAISS factory string for {dim} channels "
             f"such as IVF1024,SQ8; found {asked!r}: {reason}"
         ) from error
+    if isinstance(_innermost(index), faiss.IndexNSG | faiss.IndexNNDescent):
+        raise IndexTypeInvalid(
+            f"--index-type {asked} never ends building where vectors are equal, as those of equal files are; use hnsw"
+        )
     empty_lists = isinstance(index, faiss.IndexIVF) and index.nlist < 1
     if empty_lists or isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise IndexTypeInvalid(
@@ -159,6 +163,9 @@ def build_index(choice: Choice, rows: Rows) -> tuple[faiss.Index, Choice]:
             message = str(error).rsplit("Error: ", 1)[-1].strip()
             reason = f"{len(rows):,} vectors are too few to train {choice.factory}: {message}"
             return flat_index(rows), Choice(name=FLAT, factory="Flat", reason=reason, num_bytes=choice.num_bytes)
+    if _ivf_of(index) is None and _hnsw_of(index) is None:
+        add_rows(index, rows, 0, len(rows))
+        return index, choice
     num_samples = min(_NUM_SAMPLES, len(rows) // 20)
     num_first = len(rows) - num_samples
     add_rows(index, rows, 0, num_first)
@@ -198,19 +205,13 @@ def can_append(index: faiss.Index, num_vectors: int) -> bool:
 
 def is_lossy(index: faiss.Index) -> bool:
     """Whether the index keeps so little of its vectors that many more than are wanted must be compared exactly."""
-    index = _innermost(index)
-    storage = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
-    bytes_by_class: tuple[tuple[Any, Any], ...] = (
-        ((faiss.IndexFlat, faiss.IndexIVFFlat), lambda _: False),
-        (
-            (faiss.IndexScalarQuantizer, faiss.IndexIVFScalarQuantizer),
-            lambda quantised: quantised.sq.code_size < 2 * quantised.d,
-        ),
-    )
-    for classes, lossy in bytes_by_class:
-        if isinstance(storage, classes):
-            return bool(lossy(storage)) or storage.d != index.d
-    return True
+    inner = _innermost(index)
+    storage = faiss.downcast_index(inner.storage) if hasattr(inner, "storage") else inner
+    if storage.d != index.d:
+        return True
+    if isinstance(storage, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer):
+        return bool(storage.sq.code_size < 2 * storage.d)
+    return not isinstance(storage, faiss.IndexFlat | faiss.IndexIVFFlat)
 
 
 def search_parameters(index: faiss.Index, selection: Any, effort: float = 1.0) -> Any:
