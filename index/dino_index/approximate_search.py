@@ -54,35 +54,27 @@ class ApproximateSearch:
         if num_allowed <= max(k, _MAX_SCANNED, max_scanned_frac * len(self)):
             return scan(self._rows, queries_QD, k, allowed_N)
         found = self._search(queries_QD, k, allowed_N, num_allowed)
-        short = [query for query, positions in enumerate(found) if len(positions) < k]
-        if short:
-            complete = scan(self._rows, queries_QD[short], k, allowed_N)
-            for query, positions in zip(short, complete, strict=True):
+        incomplete = [query for query, positions in enumerate(found) if positions is None]
+        if incomplete:
+            scanned = scan(self._rows, queries_QD[incomplete], k, allowed_N)
+            for query, positions in zip(incomplete, scanned, strict=True):
                 found[query] = positions
-        return found
+        return [positions for positions in found if positions is not None]
 
     def _search(
         self, queries_QD: NDArray[np.float32], k: int, allowed_N: NDArray[np.bool_] | None, num_allowed: int
-    ) -> list[NDArray[np.int64]]:
-        selection = selecting(allowed_N)
+    ) -> list[NDArray[np.int64] | None]:
+        """Positions for each query; None where only comparing all can tell."""
         effort = min(_MAX_EFFORT, len(self) / num_allowed)
-        results = [np.empty(0, np.int64) for _ in queries_QD]
-        pending = np.arange(len(queries_QD))
         num_fetched = min(num_to_fetch(self._index, k), len(self))
-        while len(pending):
-            unfinished = []
-            for query, positions in zip(
-                pending, self._positions(queries_QD[pending], num_fetched, selection, effort), strict=True
-            ):
-                positions = positions[positions >= 0]
-                scores = self._rows.rows(positions) @ queries_QD[query]
-                results[query], _ = nearest(positions, scores, k)
-                # Many equal vectors: those with lower ids may be among what was not fetched.
-                all_tie = len(positions) == num_fetched < len(self) and scores.min() >= scores.max() - TIE_MARGIN
-                if all_tie:
-                    unfinished.append(query)
-            pending = np.array(unfinished, np.int64)
-            num_fetched = min(4 * num_fetched, len(self))
+        fetched = self._positions(queries_QD, num_fetched, selecting(allowed_N), effort)
+        results: list[NDArray[np.int64] | None] = []
+        for query_D, positions in zip(queries_QD, fetched, strict=True):
+            positions = positions[positions >= 0]
+            near, scores = nearest(positions, self._rows.rows(positions) @ query_D, k)
+            # Many equal vectors: those with lower ids may be among what was not fetched.
+            all_tie = len(near) == num_fetched < num_allowed and scores.min() >= scores.max() - TIE_MARGIN
+            results.append(None if len(near) < k or all_tie else near)
         return results
 
     def _positions(
@@ -90,10 +82,10 @@ class ApproximateSearch:
     ) -> NDArray[np.int64]:
         """What FAISS finds, -1 where it finds no more; nothing where the type cannot leave vectors out."""
         if selection is None and self._gpu_index is not None and num_fetched <= MAX_FETCHED_GPU:
-            return self._gpu_index.search(queries_QD, num_fetched)[1]  # type: ignore[no-any-return]
+            return self._gpu_index.search(queries_QD, num_fetched)[1]
         parameters = search_parameters(self._index, selection, effort)
         try:
-            return self._index.search(queries_QD, num_fetched, params=parameters)[1]  # type: ignore[no-any-return]
+            return self._index.search(queries_QD, num_fetched, params=parameters)[1]
         except RuntimeError:
             if parameters is None:
                 raise

@@ -141,7 +141,7 @@ class _Rounded:
         )  # fmt: skip
         self._index.codes.resize(num_vectors * dim * 2)
         self._index.ntotal = num_vectors
-        codes = faiss.rev_swig_ptr(self._index.codes.data(), num_vectors * dim * 2)  # type: ignore[attr-defined]
+        codes = faiss.rev_swig_ptr(self._index.codes.data(), num_vectors * dim * 2)
         self._codes_ND: NDArray[np.int16] = codes.view(np.int16).reshape(num_vectors, dim)
         self._finite_N = np.empty(num_vectors, np.bool_)
         self._rounding = 0.0
@@ -174,7 +174,8 @@ class _Rounded:
             found = positions >= 0
             scores, positions = scores[found], positions[found]
             if len(positions) < num_fetched or num_fetched == len(self._codes_ND):
-                return positions[np.isfinite(scores)]
+                complete: NDArray[np.int64] = positions[np.isfinite(scores)]
+                return complete
             # The k-th best of all is at least this good, and none that was left out can be as good.
             if scores[-1] < scores[k - 1] - 2 * error:
                 near: NDArray[np.int64] = positions[scores >= scores[k - 1] - 2 * error]
@@ -307,7 +308,9 @@ def _hits(
 
 def selecting(allowed_N: NDArray[np.bool_] | None) -> Any:
     """A FAISS selector of the positions that are allowed; None for all."""
-    return None if allowed_N is None else faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
+    if allowed_N is None:
+        return None
+    return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))  # type: ignore[call-arg, arg-type]
 
 
 def _parameters(selection: Any) -> Any:

@@ -182,7 +182,7 @@ def flat_index(rows: Rows) -> faiss.Index:
     index.codes.resize(len(rows) * rows.dim * 4)
     index.ntotal = len(rows)
     if len(rows):
-        vectors_ND = faiss.rev_swig_ptr(index.get_xb(), len(rows) * rows.dim).reshape(len(rows), rows.dim)  # type: ignore[attr-defined]
+        vectors_ND = faiss.rev_swig_ptr(index.get_xb(), len(rows) * rows.dim).reshape(len(rows), rows.dim)
         for begin, part_PD in _parts(rows):
             vectors_ND[begin : begin + len(part_PD)] = part_PD
     return index
@@ -233,17 +233,17 @@ def search_parameters(index: faiss.Index, selection: Any, effort: float = 1.0) -
         probes = min(index.nlist, math.ceil(index.nprobe * effort))
         return faiss.SearchParametersIVF(nprobe=probes, **chosen)  # type: ignore[call-arg]
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=math.ceil(index.hnsw.efSearch * effort), **chosen)  # type: ignore[call-arg]
-    return faiss.SearchParameters(**chosen) if chosen else None  # type: ignore[call-arg]
+        return faiss.SearchParametersHNSW(efSearch=math.ceil(index.hnsw.efSearch * effort), **chosen)  # type: ignore[attr-defined]
+    return faiss.SearchParameters(**chosen) if chosen else None
 
 
 def gpu_clone(index: faiss.Index, num_gpus: int) -> faiss.Index | None:
     """A copy on all visible GPUs; None where there are none or FAISS cannot clone the type (graphs)."""
     if not num_gpus or not isinstance(_innermost(index), _GPU_TYPES):
         return None
-    options = faiss.GpuMultipleClonerOptions()  # type: ignore[attr-defined]
+    options = faiss.GpuMultipleClonerOptions()
     options.shard = num_gpus > 1  # each holds a part: more vectors fit
-    return faiss.index_cpu_to_all_gpus(index, options, num_gpus)  # type: ignore[attr-defined,no-any-return]
+    return faiss.index_cpu_to_all_gpus(index, options, num_gpus)
 
 
 def _preferred(num_vectors: int, num_gpus: int) -> tuple[str, ...]:
@@ -355,7 +355,7 @@ def _training_positions(index: faiss.Index, num_vectors: int) -> NDArray[np.int6
 
 def _finite(vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:
     """The vectors, with zeros in place of damaged ones, which FAISS refuses or lets spoil others."""
-    damaged_N = ~np.isfinite(vectors_ND).all(axis=1)
+    damaged_N = np.asarray(~np.isfinite(vectors_ND).all(axis=1))
     return np.where(damaged_N[:, None], np.float32(0), vectors_ND) if damaged_N.any() else vectors_ND
 
 

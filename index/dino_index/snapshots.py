@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Vectors:
 
     @property
     def dim(self) -> int:
-        return self.vectors_ND.shape[1]
+        return int(self.vectors_ND.shape[1])
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.vectors_ND[positions]
@@ -85,7 +85,7 @@ class StoredVectors:
 
     @property
     def dim(self) -> int:
-        return self.raw_ND.shape[1]
+        return int(self.raw_ND.shape[1])
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         return normalise(self.raw_ND[positions])
@@ -194,9 +194,9 @@ def read_snapshot(catalog: Catalog, collection: CollectionInfo, row: SnapshotRow
             raise SnapshotDamaged(f"{path} holds {index.ntotal} vectors of {index.d}, expected {row.num_vectors}")
         num_gpus = faiss.get_num_gpus()
         if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
-            ids_N: NDArray[np.int64] = faiss.vector_to_array(index.id_map)  # type: ignore[attr-defined]
+            ids_N: NDArray[np.int64] = faiss.vector_to_array(index.id_map)
             flat = faiss.downcast_index(index.index)
-            flat.referenced_objects = [index]  # owns it, and the mapped file
+            flat.referenced_objects = [index]  # type: ignore[attr-defined]  # owns it, and the mapped file
             return Snapshot(ids_N, ExactSearch(flat, gpu_index=gpu_clone(flat, num_gpus)))
         stored = _stored_in(path, index.ntotal, collection.dim)
     except (OSError, RuntimeError, ValueError) as error:
@@ -209,7 +209,8 @@ def read_snapshot(catalog: Catalog, collection: CollectionInfo, row: SnapshotRow
 
 def snapshot_ids(snapshot: Snapshot) -> NDArray[np.int64]:
     """Ids of the images in a snapshot."""
-    return snapshot.ids_N[snapshot.ids_N != _GONE]
+    ids: NDArray[np.int64] = snapshot.ids_N[snapshot.ids_N != _GONE]
+    return ids
 
 
 def snapshot_is_intact(catalog: Catalog, collection: CollectionInfo, row: SnapshotRow) -> bool:
@@ -231,29 +232,28 @@ def _write(catalog: Catalog, collection: CollectionInfo, folder: Path, work: Pat
         before = session.get(SnapshotRow, collection.id)
         session.expunge_all()
         grown = _grown(catalog, session, collection, before, choice) if append and before else None
-        if grown is not None:
-            index, stored = grown
-            assert before is not None
-            choice = Choice(
-                name=choice.name, factory=choice.factory, reason=before.reason, num_bytes=choice.num_bytes
-            )  # fmt: skip
-        else:
+        if grown is None:
             stored = _copy_vectors(session, collection, work)
     # Building may take long, and a database that is being read cannot tidy up behind its writers.
     if grown is None:
         index, choice = build_index(choice, stored)
+        ids_N, raw_parts, reason = stored.ids_N, [stored.raw_ND], choice.reason
+    else:
+        assert before is not None
+        index, ids_N, raw_parts = grown
+        reason = before.reason
     path = folder / f"{FLAT if choice.name == FLAT else 'ann'}-{generation}-{uuid4().hex[:8]}.faiss"
     if choice.name == FLAT:
-        _write_synced(path, _numbered(index, stored.ids_N), None)
+        _write_synced(path, _numbered(index, ids_N))
     else:
-        _write_synced(path, index, stored)
+        _write_synced(path, index, ids_N, raw_parts)
     row = SnapshotRow(
         collection_id=collection.id,
         file_name=path.name,
         generation=generation,
         index_type=choice.name,
-        reason=choice.reason,
-        num_vectors=int((stored.ids_N != _GONE).sum()),
+        reason=reason,
+        num_vectors=int((ids_N != _GONE).sum()),
         num_bytes=path.stat().st_size,
         sha256=_file_digest(path),
     )
@@ -271,8 +271,8 @@ def _write(catalog: Catalog, collection: CollectionInfo, folder: Path, work: Pat
 
 def _grown(
     catalog: Catalog, session: Session, collection: CollectionInfo, before: SnapshotRow, choice: Choice
-) -> tuple[faiss.Index, StoredVectors] | None:
-    """The present snapshot's index with what came since; None where it has to be built anew."""
+) -> tuple[faiss.Index, NDArray[np.int64], list[NDArray[np.float16]]] | None:
+    """(index, ids, raw vectors in parts): the present snapshot with what came since; None to build it anew."""
     if before.index_type != choice.name or choice.name == FLAT:
         return None
     path = snapshot_folder(catalog, collection) / before.file_name
@@ -291,18 +291,7 @@ def _grown(
     delta = StoredVectors(delta_ids, delta_raw)
     add_rows(index, delta, 0, len(delta))
     ids_N = np.concatenate([np.where(gone, _GONE, old.ids_N), delta_ids])
-    return index, StoredVectors(ids_N, _Joined(old.raw_ND, delta_raw))  # type: ignore[arg-type]
-
-
-class _Joined:
-    """Two arrays of rows, one after the other, without a copy of them."""
-
-    def __init__(self, first_ND: NDArray[np.float16], second_ND: NDArray[np.float16]) -> None:
-        self._parts = first_ND, second_ND
-
-    def tofile(self, file: Any) -> None:
-        for part_ND in self._parts:
-            _write_rows(file, part_ND)
+    return index, ids_N, [old.raw_ND, delta_raw]
 
 
 def masked_ids(
@@ -384,8 +373,8 @@ def _numbered(flat: faiss.Index, ids_N: NDArray[np.int64]) -> faiss.Index:
     # FAISS numbers only an index that is still empty, and would then copy all that is added.
     numbered = faiss.IndexIDMap2(faiss.IndexFlatIP(flat.d))
     numbered.index = flat
-    numbered.referenced_objects = [flat]
-    faiss.copy_array_to_vector(np.ascontiguousarray(ids_N), numbered.id_map)  # type: ignore[attr-defined]
+    numbered.referenced_objects = [flat]  # type: ignore[attr-defined]
+    faiss.copy_array_to_vector(np.ascontiguousarray(ids_N), numbered.id_map)
     numbered.ntotal = flat.ntotal
     return numbered
 
@@ -422,20 +411,23 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_synced(path: Path, index: faiss.Index, stored: StoredVectors | None) -> None:
+def _write_synced(
+    path: Path,
+    index: faiss.Index,
+    ids_N: NDArray[np.int64] | None = None,
+    raw_parts: Sequence[NDArray[np.float16]] = (),
+) -> None:
     """Writes the file whole or not at all. Raises OSError."""
     partial = path.with_suffix(".partial")
     try:
         # FAISS says why a write failed only in words; the system's own error is what callers understand.
         with open(partial, "wb") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
-            if stored is not None:
+            if ids_N is not None:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
-                file.write(stored.ids_N.tobytes())
-                if isinstance(stored.raw_ND, np.ndarray):
-                    _write_rows(file, stored.raw_ND)
-                else:
-                    stored.raw_ND.tofile(file)
+                file.write(ids_N.tobytes())
+                for raw_ND in raw_parts:
+                    _write_rows(file, raw_ND)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,8 +1,8 @@
 """Index types on real embeddings: bytes per vector, building, recall, speed, opening, adding.
 
 Embeds the images under --images with the bundled model once and keeps the vectors in --cache; --embeddings takes
-vectors that are there already. Everything goes through a catalog, as the commands do. --million makes a million by adding
-perturbed copies. Ratios are to exact search by FAISS (`IndexFlatIP`) in the same process, rounds taking turns.
+vectors that are there already. Everything goes through a catalog, as the commands do. --million makes a million by
+adding perturbed copies. Ratios are to exact search by FAISS (`IndexFlatIP`) in the same process, rounds taking turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 from material import seconds
 from numpy.typing import NDArray
 from sqlalchemy import insert
@@ -127,7 +128,8 @@ class Filled:
 def measure(
     filled: Filled, index_type: str, queries_QD: NDArray[np.float32], baseline: faiss.Index, exact: list[set[int]],
     rounds: int,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
+    """Prints a row of the table; returns how many seconds building took."""
     filled.ask_for(index_type)
     build_s = seconds(filled.build)
     open_s = seconds(lambda: filled.open().search(queries_QD[:1], _K))
@@ -149,18 +151,18 @@ def measure(
     one_ratio, batch_ratio = (statistics.median(theirs / ours for ours, theirs in pairs) for pairs in (one, batch))
     print(
         f"| {index_type} | {num_bytes / num_vectors:.0f} | {build_s:.1f} s | {recall:.4f} | "
-        f"{len(few) / one_s:.0f} ({one_ratio:.1f}x) | {_NUM_QUERIES / batch_s:.0f} ({batch_ratio:.1f}x) | {open_s:.2f} s |",
+        f"{len(few) / one_s:.0f} ({one_ratio:.1f}x) | {_NUM_QUERIES / batch_s:.0f} ({batch_ratio:.1f}x) | "
+        f"{open_s:.2f} s |",
         flush=True,
     )
     print(f"  {reason}", flush=True)
-    filled.last_build_s = build_s  # type: ignore[attr-defined]
+    return build_s
 
 
 def measure_adding(
-    filled: Filled, index_type: str, more_ND: NDArray[np.float16], query_1D: NDArray[np.float32]
+    filled: Filled, index_type: str, build_s: float, more_ND: NDArray[np.float16], query_1D: NDArray[np.float32]
 ) -> None:
     """The cost of one percent more: found at once from memory, and once compacted into the index."""
-    build_s = filled.last_build_s  # type: ignore[attr-defined]
     before_s = seconds(lambda: filled.open().search(query_1D, _K))
     filled.add(more_ND)
     after_s = seconds(lambda: filled.open().search(query_1D, _K))
@@ -190,6 +192,8 @@ def main() -> None:
     else:
         print("skipped: needs --images FOLDER or --embeddings FILE.npy")
         return
+    # Searching loads torch only for very many queries; a process that embeds them has it loaded, like this one.
+    torch.set_num_threads(faiss.omp_get_max_threads())
     # Queries are images that are not in the collection.
     queries_QD = normalise(vectors_ND[:_NUM_QUERIES])
     vectors_ND = vectors_ND[_NUM_QUERIES:]
@@ -201,15 +205,15 @@ def main() -> None:
     baseline.add(normalise(first_ND))
     # Image ids count from 1.
     exact = [set((row + 1).tolist()) for row in baseline.search(queries_QD, _K)[1]]
-    print(f"{len(first_ND)} vectors of {first_ND.shape[1]} channels, {faiss.omp_get_max_threads()} threads")  # type: ignore[attr-defined]
+    print(f"{len(first_ND)} vectors of {first_ND.shape[1]} channels, {faiss.omp_get_max_threads()} threads")
     print("| type | bytes/vector | building | recall@10 | one query/s | batch queries/s | open + search |")
     for index_type in arguments.types:
         home = Path(tempfile.mkdtemp())
         try:
             filled = Filled(home, first_ND.shape[1])
             filled.add(first_ND)
-            measure(filled, index_type, queries_QD, baseline, exact, arguments.rounds)
-            measure_adding(filled, index_type, more_ND, queries_QD[:1])
+            build_s = measure(filled, index_type, queries_QD, baseline, exact, arguments.rounds)
+            measure_adding(filled, index_type, build_s, more_ND, queries_QD[:1])
         finally:
             shutil.rmtree(home)
 

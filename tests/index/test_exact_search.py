@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 def unit(vectors_ND: NDArray[np.float64]) -> Floats:
-    return (vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True), np.float32)
 
 
 def clustered(rng: np.random.Generator, number: int, dim: int) -> Floats:
