@@ -320,7 +320,8 @@ def _estimated_bytes(factory: str, num_vectors: int, dim: int) -> int:
     num_trained = 0 if index.is_trained else _num_training(index, num_vectors)
     training = num_trained * dim * 4 * 2  # FAISS works on a copy
     # Ids; a part of the vectors as float32.
-    return int(num_vectors * (per_vector + 16) + training + 4 * ROWS_PER_PART * dim * 4)
+    part = min(num_vectors, ROWS_PER_PART) * dim * 4
+    return int(num_vectors * (per_vector + 16) + training + 4 * part)
 
 
 def _code_bytes(index: faiss.Index) -> int:

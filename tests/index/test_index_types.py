@@ -247,6 +247,10 @@ def test_the_estimate_is_no_less_than_what_the_index_takes(name: str) -> None:
     assert choice.num_bytes < 4 * taken + 60e6  # nor far from it
 
 
+def test_a_small_collection_needs_little_memory() -> None:
+    assert choose_index_type("auto", 100, 384, available=2_000_000).name == "flat"
+
+
 def test_memory_is_what_the_container_has_left(tmp_path: Path) -> None:
     machine = available_bytes(tmp_path)
     assert machine > 1e6
