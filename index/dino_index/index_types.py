@@ -37,6 +37,9 @@ _MAX_TRAINING_VECTORS = 1_000_000
 _WANTED_RECALL = 0.995
 _K_TUNED = 10
 _NUM_SAMPLES = 512
+# Never less than this: among many near copies samples find theirs at once, and a picture from outside does not.
+_MIN_LISTS_FRAC = 1 / 16
+_MIN_EF_SEARCH = 96
 _EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 ROWS_PER_PART = 16_384
@@ -394,7 +397,8 @@ def _tune(index: faiss.Index, rows: Rows, num_first: int) -> str:
     ivf, hnsw = _ivf_of(index), _hnsw_of(index)
     recall = 0.0
     setting = ""
-    for effort in _EFFORTS if ivf is not None or hnsw is not None else (0,):
+    least = math.ceil(_MIN_LISTS_FRAC * ivf.nlist) if ivf is not None else _MIN_EF_SEARCH
+    for effort in (least, *(effort for effort in _EFFORTS if effort > least)):
         if ivf is not None:
             ivf.nprobe = min(effort, ivf.nlist)
             setting = f"with {ivf.nprobe} of {ivf.nlist} lists "
