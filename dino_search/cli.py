@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -18,6 +18,7 @@ import typer.core
 from dino_index.errors import DinoSearchError
 from dino_search.commands import demo, housekeeping, indexing, pretraining, searching
 from dino_search.commands.output import complain
+from dino_search.home import DATABASE_VARIABLE, database_given
 
 # The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
 _QUIET_HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -45,6 +46,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _global_options(
+    context: typer.Context,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=DATABASE_VARIABLE,
+            help="PostgreSQL database that holds the catalog, postgresql://USER:PASSWORD@HOST/NAME.",
+            show_default="an SQLite file in the home folder",
+        ),
+    ] = None,
+) -> None:
+    if database:
+        context.with_resource(database_given(database))
+
+
 for register in (indexing, searching, pretraining, housekeeping, demo):
     register.add_commands(app)
 

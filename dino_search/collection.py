@@ -18,7 +18,7 @@ from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, N
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
 from dino_index.recording import is_below, remove_images
-from dino_search.home import default_home
+from dino_search.home import default_database, default_home
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
 
 if TYPE_CHECKING:
@@ -38,11 +38,20 @@ StrPath = str | os.PathLike[str]
 class Collection:
     """One named collection of a home folder. Not for several threads at once."""
 
-    def __init__(self, home: Path, name: str, model: ModelSpec | None = None, *, device: Device = "auto") -> None:
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        model: ModelSpec | None = None,
+        *,
+        device: Device = "auto",
+        database: str | None = None,
+    ) -> None:
         self.home = home
         self.name = name
         self._model = model
         self._device = device
+        self._database = database
         self._catalog: Catalog | None = None
         self._backbone: Backbone | None = None
         self._vectors: VectorIndex | None = None
@@ -56,17 +65,21 @@ class Collection:
         model: str | Path | None = None,
         pooling: Pooling | None = None,
         device: Device = "auto",
+        database: str | None = None,
     ) -> Collection:
         """The collection of this name; it comes into being when something is indexed into it.
 
         home: None for `DINO_SEARCH_HOME` or the platform's place for user data.
         model: `bundled` or a safetensors file; None for the collection's own, `bundled` for a new one.
         pooling: of the GeM vectors; None for the collection's own, `normalised` for a new one.
+        database: URL of a PostgreSQL database that holds the catalog, `postgresql://user:password@host/database`;
+        None for `DINO_SEARCH_DATABASE` or an SQLite file in the home.
         Raises ModelError.
         """
         asked = model is not None or pooling is not None
         spec = resolve_model(model or BUNDLED, pooling=pooling or "normalised") if asked else None
-        return cls(Path(home) if home is not None else default_home(), name, spec, device=device)
+        home = Path(home) if home is not None else default_home()
+        return cls(home, name, spec, device=device, database=database or default_database())
 
     def __enter__(self) -> Collection:
         return self
@@ -97,7 +110,7 @@ class Collection:
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=True)
+            self._catalog = Catalog.open(self.home, create=True, url=self._database)
         assert self._catalog is not None
         return index_paths(
             self._catalog,
@@ -306,7 +319,7 @@ class Collection:
 
     def _existing_catalog(self) -> Catalog:
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home)
+            self._catalog = Catalog.open(self.home, url=self._database)
         if self._catalog is None:
             raise CollectionNotFound(
                 f"nothing has been indexed yet under {self.home}; run: dino-search index FOLDER-WITH-PICTURES"

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import databases
+from postgres_server import URL_VARIABLE, Catalogs, Server, find_server_binaries
 from sample_collections import save_tiny_model
 
 # Read when huggingface_hub is imported, and inherited by the commands that tests start.
@@ -39,7 +41,39 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home folder for the test, which DINO_SEARCH_HOME names; commands that it starts inherit it."""
     folder = tmp_path / "home"
     monkeypatch.setenv("DINO_SEARCH_HOME", str(folder))
+    monkeypatch.delenv("DINO_SEARCH_DATABASE", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database with the right to make schemas: the given one, else of a server for these tests."""
+    if given := os.environ.get(URL_VARIABLE):
+        yield given
+        return
+    server = Server(find_server_binaries())
+    yield server.url
+    server.delete()
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[Catalogs]:
+    """Catalogs on PostgreSQL, an empty one for each home that is asked for."""
+    catalogs = Catalogs(postgres_url)
+    yield catalogs
+    catalogs.drop()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The test runs twice: with its catalogs in SQLite, and in PostgreSQL. A module asks for it by `usefixtures`."""
+    if request.param == "postgresql":
+        catalogs: Catalogs = request.getfixturevalue("postgres")
+        monkeypatch.setattr(databases, "url_of", catalogs.url_of)
+        monkeypatch.setenv("DINO_SEARCH_DATABASE", catalogs.url_of(home))
+    yield str(request.param)
+    while databases.opened:
+        databases.opened.pop().close()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from sqlalchemy import func, select
 
 from bad_files import encoded, picture
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
+from databases import created_catalog, open_catalog
+from dino_index.catalog import CollectionRow, EmbeddingRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
 from dino_index.collections import find_collection
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
@@ -71,8 +72,7 @@ def index_files(
     **options: Any,
 ) -> IndexSummary:
     """One run of `index_paths`, options as `IndexOptions` has them."""
-    catalog = Catalog.open(home, create=True)
-    assert catalog is not None
+    catalog = created_catalog(home)
     spec = resolve_model(model)
     try:
         return index_paths(
@@ -115,12 +115,6 @@ def count_rows(home: Path, table: type[Any]) -> int:
         num_rows = session.scalars(select(func.count()).select_from(table)).one()
     catalog.close()
     return num_rows
-
-
-def open_catalog(home: Path) -> Catalog:
-    catalog = Catalog.open(home)
-    assert catalog is not None
-    return catalog
 
 
 def _rows(home: Path, collection: str) -> list[tuple[str, ImageRow, dict[str, bytes]]]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 
-from dino_index.catalog import Catalog, ImageRow
+from databases import created_catalog
+from dino_index.catalog import ImageRow
 from dino_index.collections import CollectionInfo, create_collection, find_collection
 from dino_index.embedding import EmbeddedFile, FileFacts
 from dino_index.image_files import ListedFile
@@ -31,7 +32,7 @@ class VectorShelf:
 
     def __init__(self, home: Path, dim: int) -> None:
         self.home = home
-        self.catalog = _opened(home)
+        self.catalog = created_catalog(home)
         self.vectors: dict[int, NDArray[np.float16]] = {}
         """What can be found, by image id."""
         self.files = home.parent / "files"  # they need to exist, or new ones would count as moved ones
@@ -93,10 +94,3 @@ class VectorShelf:
 
 def unit(vector_D: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(vector_D / np.linalg.norm(vector_D), np.float32)
-
-
-def _opened(home: Path) -> Catalog:
-    os.makedirs(home, exist_ok=True)
-    catalog = Catalog.open(home, create=True)
-    assert catalog is not None
-    return catalog

@@ -8,7 +8,9 @@ DinoSearchError
 │   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
 │   └── FingerprintMismatch the collection was built with another model
 ├── CatalogError
-│   ├── CatalogUnavailable  the home cannot be read, created or written
+│   ├── CatalogUnavailable  the home or the database cannot be read, created or written
+│   │   ├── CatalogDamaged  the database's own pages contradict themselves
+│   │   └── DatabaseAway    a database server that does not answer, or ended the connection
 │   ├── CatalogTooNew       written by a newer version of this program
 │   └── StorageFull         no space left on the device; the earlier state is intact
 ├── CollectionError
@@ -95,13 +97,21 @@ class FingerprintMismatch(ModelError):
 
 
 class CatalogError(DinoSearchError):
-    """The database under the home folder cannot be used."""
+    """The catalog, in its home folder or on its server, cannot be used."""
 
     code = "catalog"
 
 
 class CatalogUnavailable(CatalogError):
     code = "catalog_unavailable"
+
+
+class CatalogDamaged(CatalogUnavailable):
+    code = "catalog_damaged"
+
+
+class DatabaseAway(CatalogUnavailable):
+    code = "database_away"
 
 
 class CatalogTooNew(CatalogError):

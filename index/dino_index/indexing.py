@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
 
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
 from dino_index.collections import (
@@ -46,6 +47,7 @@ _MAX_PRUNED_FRAC = 0.2
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
 _MIN_DELTA_TO_COMPACT = 1000
 _MAX_DELTA_FRAC = 0.1
+_ROWS_PER_FETCH = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +207,7 @@ class _Run:
             self._spec = model or default_model()
             # Loaded before the collection exists: an unusable model must leave no trace.
             dim = self._load_backbone().dim
-            with self._catalog.writing() as session:
-                collection = create_collection(session, name, self._spec, dim)
+            collection = self._catalog.write(lambda session: create_collection(session, name, self._spec, dim))
         elif model is None:
             self._spec = model_of(collection)
         else:
@@ -214,15 +215,13 @@ class _Run:
             self._spec = model
             self._remember_place_of_weights(collection)
         self._collection = collection
-        with self._catalog.reading() as session:
-            known_sources = Sources(source_paths(session, collection))
+        known_sources = self._catalog.read(lambda session: Sources(source_paths(session, self._collection)))
         if any(known_sources.find(path) is None for path in self._listed):
-            with self._catalog.writing() as session:
-                Sources.covering(session, collection, self._listed)
+            self._catalog.write(lambda session: Sources.covering(session, self._collection, self._listed))
 
     def plan(self) -> None:
         """Sorts listed files into unchanged ones and those to read; finds images whose file is gone."""
-        known = self._known_images()
+        known = self._catalog.read(self._known_images)
         self._to_read: list[ListedFile] = []
         relabelled: dict[int, str] = {}
         for file in self._listing.files:
@@ -243,10 +242,8 @@ class _Run:
             known.pop(path, None)
         self._unseen = known
         if relabelled:
-            with self._catalog.writing() as session:
-                session.execute(
-                    update(ImageRow), [{"id": image_id, "label": label} for image_id, label in relabelled.items()]
-                )
+            rows = [{"id": image_id, "label": label} for image_id, label in relabelled.items()]
+            self._catalog.write(lambda session: session.execute(update(ImageRow), rows))
 
     def embed_and_record(self, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]) -> None:
         self._embedded_digests = self._load_embedded_digests() if self._to_read else set()
@@ -305,23 +302,24 @@ class _Run:
 
     def compact_if_worthwhile(self) -> None:
         """Writes a snapshot when so much has changed since the last one that starting a search would be slow."""
-        with self._catalog.reading() as session:
-            snapshot = session.get(SnapshotRow, self._collection.id)
-            num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
-            if since == generation_of(session, self._collection):
-                return
-            delta = session.scalars(
-                select(func.count()).where(ImageRow.collection_id == self._collection.id, ImageRow.generation > since)
-            ).one()
+        num_before, delta = self._catalog.read(self._count_changes)
         if delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before):
             from dino_index.snapshots import write_snapshot
 
-            write_snapshot(self._catalog, self._collection)
+            self._catalog.outlast(lambda: write_snapshot(self._catalog, self._collection))
 
     def finish(self) -> IndexSummary:
-        with self._catalog.reading() as session:
-            self.summary.images = count_images(session, self._collection)["ok"]
+        self.summary.images = self._catalog.read(lambda session: count_images(session, self._collection))["ok"]
         return self.summary
+
+    def _count_changes(self, session: Session) -> tuple[int, int]:
+        """Number of vectors in the snapshot, and of images that changed since."""
+        snapshot = session.get(SnapshotRow, self._collection.id)
+        num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
+        if since == generation_of(session, self._collection):
+            return num_before, 0
+        changed = ImageRow.collection_id == self._collection.id, ImageRow.generation > since
+        return num_before, session.scalars(select(func.count()).where(*changed)).one()
 
     def _read_labels(self) -> dict[str, str] | None:
         if self._options.labels is None:
@@ -341,67 +339,74 @@ class _Run:
     def _remember_place_of_weights(self, collection: CollectionInfo) -> None:
         """The same weights under another path: later commands find them there."""
         if self._spec.config() != collection.model_config:
-            with self._catalog.writing() as session:
+
+            def remember(session: Session) -> None:
                 row = session.get_one(ModelRow, collection.model_id)
                 row.name, row.config = self._spec.name, self._spec.config()
 
-    def _known_images(self) -> dict[str, _KnownImage]:
+            self._catalog.write(remember)
+
+    def _known_images(self, session: Session) -> dict[str, _KnownImage]:
         """Images under the given paths by absolute path."""
         known: dict[str, _KnownImage] = {}
-        with self._catalog.reading() as session:
-            sources = source_paths(session, self._collection)
-            rows = session.execute(
-                select(
-                    ImageRow.id,
-                    ImageRow.source_id,
-                    ImageRow.path,
-                    ImageRow.size,
-                    ImageRow.mtime_ns,
-                    ImageRow.status,
-                    ImageRow.error_code,
-                    ImageRow.label,
-                ).where(ImageRow.collection_id == self._collection.id)
-            )
-            for image_id, source_id, name, size, mtime_ns, status, error_code, label in rows:
-                path = join_path(sources[source_id], name)
-                if any(is_below(path, given) for given in self._given):
-                    known[path] = _KnownImage(image_id, size, mtime_ns, status, error_code, label)
+        sources = source_paths(session, self._collection)
+        rows = session.execute(
+            select(
+                ImageRow.id,
+                ImageRow.source_id,
+                ImageRow.path,
+                ImageRow.size,
+                ImageRow.mtime_ns,
+                ImageRow.status,
+                ImageRow.error_code,
+                ImageRow.label,
+            ).where(ImageRow.collection_id == self._collection.id),
+            execution_options={"yield_per": _ROWS_PER_FETCH},
+        )
+        for image_id, source_id, name, size, mtime_ns, status, error_code, label in rows:
+            path = join_path(sources[source_id], name)
+            if any(is_below(path, given) for given in self._given):
+                known[path] = _KnownImage(image_id, size, mtime_ns, status, error_code, label)
         return known
 
     def _find_embedded(self, sha256: bytes) -> tuple[int, int] | None:
         """Width and height of an image with these bytes whose vectors under this model are in the catalog."""
         if sha256 not in self._embedded_digests:
             return None
-        with self._catalog.reading() as session:
-            row = session.execute(
-                select(ImageRow.width, ImageRow.height)
-                .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
-                .where(
-                    ImageRow.sha256 == sha256,
-                    ImageRow.status == "ok",
-                    EmbeddingRow.model_id == self._collection.model_id,
-                )
-                .limit(1)
-            ).one_or_none()
+        size = (
+            select(ImageRow.width, ImageRow.height)
+            .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
+            .where(
+                ImageRow.sha256 == sha256,
+                ImageRow.status == "ok",
+                EmbeddingRow.model_id == self._collection.model_id,
+            )
+            .limit(1)
+        )
+        row = self._catalog.read(lambda session: session.execute(size).one_or_none())
         return (row.width, row.height) if row else None
 
     def _load_embedded_digests(self) -> set[bytes]:
         """Bytes that have vectors under this model: asking the catalog about each file costs a millisecond."""
-        with self._catalog.reading() as session:
-            of_model = EmbeddingRow.model_id == self._collection.model_id, EmbeddingRow.kind == "cls"
-            return set(session.scalars(select(EmbeddingRow.sha256).where(*of_model)))
+        of_model = EmbeddingRow.model_id == self._collection.model_id, EmbeddingRow.kind == "cls"
+        digests = select(EmbeddingRow.sha256).where(*of_model)
+        streamed = {"yield_per": _ROWS_PER_FETCH}
+        return self._catalog.read(lambda session: set(session.scalars(digests, execution_options=streamed)))
 
     def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> None:
         if not batch:
             return
-        with self._catalog.writing() as session:
+
+        def record(session: Session) -> tuple[Mapping[str, int], set[int]]:
             recorder = BatchRecorder(session, self._collection)
-            counts = recorder.record(batch, self._labels)
+            return recorder.record(batch, self._labels), recorder.moved_ids
+
+        counts, moved_ids = self._catalog.write(record)
         for name, count in counts.items():
             setattr(self.summary, name, getattr(self.summary, name) + count)
         self._embedded_digests.update(item.facts.sha256 for item in batch if isinstance(item, EmbeddedFile))
-        self.summary.moved += len(recorder.moved_ids)
-        self._moved_ids |= recorder.moved_ids
+        self.summary.moved += len(moved_ids)
+        self._moved_ids |= moved_ids
 
     def _vanished(self) -> dict[str, _KnownImage]:
         """Images under the given paths that were not listed and whose file is gone.
@@ -418,8 +423,7 @@ class _Run:
 
     def _remove(self, image_ids: list[int]) -> None:
         if image_ids:
-            with self._catalog.writing() as session:
-                remove_images(session, self._collection, image_ids)
+            self._catalog.write(lambda session: remove_images(session, self._collection, image_ids))
             self.summary.removed += len(image_ids)
 
     def _nothing_found(self) -> str:

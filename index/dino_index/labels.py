@@ -61,8 +61,10 @@ def labels_from_csv(label_file: str | Path, paths: Sequence[str]) -> dict[str, s
                     raise LabelFileError(
                         f"{label_file}, line {rows.line_num}: expected a path and a label, found {row}"
                     )
-                if any("\ud800" <= character <= "\udfff" for character in row["label"]):
-                    raise LabelFileError(f"{label_file}, line {rows.line_num}: expected a label in UTF-8, found {row}")
+                if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in row["label"]):
+                    raise LabelFileError(
+                        f"{label_file}, line {rows.line_num}: expected a label in UTF-8 without NUL, found {row}"
+                    )
                 candidates = [os.path.normpath(os.path.join(folder, row["path"])) for folder in folders]
                 path = next(filter(os.path.lexists, candidates), candidates[0])
                 labels[path] = row["label"]

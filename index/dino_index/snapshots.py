@@ -173,7 +173,7 @@ def snapshot_is_intact(catalog: Catalog, collection: CollectionInfo, row: Snapsh
 
 
 def snapshot_folder(catalog: Catalog, collection: CollectionInfo) -> Path:
-    return catalog.home / "snapshots" / str(collection.id)
+    return catalog.snapshots_folder / str(collection.id)
 
 
 @contextmanager
