@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from dino_index.errors import DinoSearchError
-from dino_search.commands import demo, housekeeping, indexing, pretraining, searching
+from dino_search.commands import catalog, demo, housekeeping, indexing, pretraining, searching
 from dino_search.commands.output import complain
 from dino_search.home import DATABASE_VARIABLE, database_given
 
@@ -65,7 +65,7 @@ def _global_options(
         context.with_resource(database_given(database))
 
 
-for register in (indexing, searching, pretraining, housekeeping, demo):
+for register in (indexing, searching, pretraining, housekeeping, catalog, demo):
     register.add_commands(app)
 
 

@@ -187,6 +187,7 @@ class Collection:
                 "labels": sum(label is not None for label in labels),
                 "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),
                 "home": encode_path(str(self.home)),
+                "database": encode_path(catalog.store.place),
             }
 
     def failures(self) -> list[dict[str, str]]:

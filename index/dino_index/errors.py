@@ -12,6 +12,8 @@ DinoSearchError
 │   │   ├── CatalogDamaged  the database's own pages contradict themselves
 │   │   └── DatabaseAway    a database server that does not answer, or ended the connection
 │   ├── CatalogTooNew       written by a newer version of this program
+│   ├── CatalogNotEmpty     a catalog that would be replaced without --force
+│   ├── BackupUnusable      a file that is no whole backup of a catalog
 │   └── StorageFull         no space left on the device; the earlier state is intact
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
@@ -116,6 +118,14 @@ class DatabaseAway(CatalogUnavailable):
 
 class CatalogTooNew(CatalogError):
     code = "catalog_too_new"
+
+
+class CatalogNotEmpty(CatalogError):
+    code = "catalog_not_empty"
+
+
+class BackupUnusable(CatalogError):
+    code = "backup_unusable"
 
 
 class StorageFull(CatalogError):

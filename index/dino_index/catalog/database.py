@@ -66,6 +66,11 @@ class Catalog:
         return self.store.path
 
     @property
+    def identity(self) -> str:
+        """What tells this catalog from others, under whichever name its database is reached."""
+        return self.store.identity()
+
+    @property
     def snapshots_folder(self) -> Path:
         """Where this home keeps the snapshots of this catalog's collections."""
         return self.store.snapshots_folder(self.home)
@@ -133,7 +138,7 @@ class Catalog:
 def open_store(home: Path, url: str | None) -> Store:
     """The database that a home's catalog is in, or would be. Raises CatalogUnavailable for a URL of no use."""
     if url is None:
-        return SqliteStore(home / DATABASE_NAME)
+        return SqliteStore.in_home(home)
     # Costs the import of a driver that most do not have.
     from dino_index.catalog.postgresql import PostgresqlStore
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from dino_index.catalog.column_types import portable_json
+from dino_index.catalog.copying import OWN_SETTING, write_portable_copy
 from dino_index.catalog.schema import Base, SettingRow
 from dino_index.catalog.storage_errors import BUSY_TIMEOUT_S, storage_errors
 from dino_index.catalog.store import WRITE, Store, revision_of
@@ -23,10 +24,8 @@ from dino_index.errors import CatalogDamaged, CatalogError, CatalogUnavailable, 
 if TYPE_CHECKING:
     import psycopg
 
-OWN_SETTING = "catalog"
-"""Key of the setting that tells this database from others; never copied to another one."""
-
-_SCHEMES = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
+# An `@` or `/` in a password that is not written as %XX would make a part of it a host, which messages name.
+_URL = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://(?P<rest>(?:[^@/?#]*@)?[^@?#]*(?:\?.*)?)$")
 # So that a server that vanished without a word is noticed within a minute; a URL may say otherwise.
 _CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
@@ -65,14 +64,7 @@ class PostgresqlStore(Store):
             raise CatalogUnavailable(
                 "a catalog on PostgreSQL needs psycopg; run: pip install 'dino-search[distributed]'"
             ) from error
-        try:
-            given = conninfo_to_dict(_SCHEMES.sub("postgresql://", url))
-        except psycopg.Error:
-            # Neither the URL nor the driver's message, as both may hold a password; hence not chained, either.
-            raise CatalogUnavailable(
-                "the database URL cannot be understood; expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
-                "with special characters in the password written as %XX"
-            ) from None
+        given = _parameters_of(url, conninfo_to_dict, psycopg.Error)
         self._parameters: dict[str, Any] = _CONNECTION_DEFAULTS | given | {"client_encoding": "UTF8"}
         self.place = place_of(given)
         self._database = str(given.get("dbname", "postgresql"))
@@ -159,20 +151,21 @@ class PostgresqlStore(Store):
                 self._name_itself(connection)
 
     def back_up_schema(self, connection: Connection, revision: str) -> Path:
-        from dino_index.catalog.copying import write_portable_copy
-
         name = re.sub(r"\W+", "-", self._database)
         backup = self._home / f"catalog.{name}.schema-{revision}.backup"
         with self._reader.connect() as reading:
             write_portable_copy(reading, revision, backup)
         return backup
 
-    def snapshots_folder(self, home: Path) -> Path:
+    def identity(self) -> str:
         if self._own_id is None:
             with self.errors(), Session(self._reader) as session:
                 own = session.scalars(select(SettingRow.value).where(SettingRow.key == OWN_SETTING)).one()
             self._own_id = str(own["id"])
-        return home / "snapshots" / self._own_id
+        return self._own_id
+
+    def snapshots_folder(self, home: Path) -> Path:
+        return home / "snapshots" / self.identity()
 
     def integrity_problems(self, session: Session) -> list[str]:
         connection = session.connection()
@@ -231,8 +224,7 @@ class PostgresqlStore(Store):
         if remedy is not None:
             return CatalogUnavailable(f"{self.place} refuses the connection ({message}); {remedy}")
         return DatabaseAway(
-            f"{self.place} cannot be reached ({message}); what was committed before is intact: see that the server "
-            "runs and that the address is right, then run the same command again"
+            f"{self.place} cannot be reached ({message}); see that the server runs and that the address is right"
         )
 
     def _translated(self, error: DBAPIError) -> CatalogError | None:
@@ -277,6 +269,18 @@ class PostgresqlStore(Store):
                 f"{self.place} failed ({message}); what was committed before is intact: run the same command again"
             )
         return None
+
+
+def _parameters_of(url: str, parse: Callable[[str], dict[str, Any]], failure: type[Exception]) -> dict[str, Any]:
+    """libpq's connection parameters in a URL. Raises CatalogUnavailable."""
+    if found := _URL.match(url):
+        # The driver's message is not chained, as it may hold the password.
+        with suppress(failure):
+            return parse(f"postgresql://{found['rest']}")
+    raise CatalogUnavailable(
+        "the database URL cannot be understood; expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
+        "with special characters in the password written as %XX"
+    )
 
 
 def place_of(parameters: dict[str, Any]) -> str:

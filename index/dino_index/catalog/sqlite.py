@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
 from dino_index.catalog.column_types import portable_json
-from dino_index.catalog.storage_errors import BUSY_TIMEOUT_S, storage_errors
+from dino_index.catalog.storage_errors import BUSY_TIMEOUT_S, DATABASE_NAME, storage_errors
 from dino_index.catalog.store import WRITE, Store
 
 
@@ -22,8 +22,13 @@ class SqliteStore(Store):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.upgrade_lock = path.with_suffix(".upgrade-lock")
         self.place = str(path)
         self._engine: Engine | None = None
+
+    @classmethod
+    def in_home(cls, home: Path) -> SqliteStore:
+        return cls(home / DATABASE_NAME)
 
     @property
     def writer(self) -> Engine:
@@ -52,7 +57,7 @@ class SqliteStore(Store):
     def upgrading(self) -> Iterator[Connection]:
         from filelock import FileLock
 
-        with FileLock(self.path.with_suffix(".upgrade-lock")):
+        with FileLock(self.upgrade_lock):
             # SQLite changes a table by dropping it after a copy, which enforced references would forbid.
             engine = _create_engine(self.path, enforce_references=False)
             try:
@@ -67,6 +72,9 @@ class SqliteStore(Store):
         copy_file(self.path, partial)
         os.replace(partial, backup)
         return backup
+
+    def identity(self) -> str:
+        return str(self.path.resolve())
 
     def snapshots_folder(self, home: Path) -> Path:
         return home / "snapshots"

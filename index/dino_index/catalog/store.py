@@ -52,6 +52,10 @@ class Store(ABC):
         """Copies everything into a file before it is migrated from `revision`; the file."""
 
     @abstractmethod
+    def identity(self) -> str:
+        """What tells this database from others, under whichever name it is reached."""
+
+    @abstractmethod
     def snapshots_folder(self, home: Path) -> Path:
         """Where a home keeps the snapshots of this database's collections, apart from those of other databases."""
 
@@ -79,6 +83,11 @@ def revision_of(connection: Connection) -> str | None:
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
+def known_revisions(migrations: Path = MIGRATIONS) -> set[str]:
+    """The schema revisions that this version can migrate from, and its own."""
+    return {script.name.split("_")[0] for script in (migrations / "versions").glob("*.py")}
+
+
 def upgrade(store: Store, migrations: Path = MIGRATIONS, revision: str = SCHEMA_REVISION) -> Path | None:
     """Creates the schema or migrates it to `revision`; returns the backup copy that was made, if any.
 
@@ -93,8 +102,7 @@ def upgrade(store: Store, migrations: Path = MIGRATIONS, revision: str = SCHEMA_
         found = revision_of(connection)
         if found == revision:
             return None
-        known = {script.name.split("_")[0] for script in (migrations / "versions").glob("*.py")}
-        if found is not None and found not in known:
+        if found is not None and found not in known_revisions(migrations):
             raise _unknown_schema(store, connection, found, revision)
         backup = store.back_up_schema(connection, found) if found is not None else None
         config = Config()
