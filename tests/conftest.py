@@ -37,6 +37,14 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _catalogs_closed() -> Iterator[None]:
+    """Catalogs that the test opened are closed at its end, before their database goes."""
+    yield
+    while databases.opened:
+        databases.opened.pop().close()
+
+
+@pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home folder for the test, which DINO_SEARCH_HOME names; commands that it starts inherit it."""
     folder = tmp_path / "home"
@@ -46,14 +54,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """A PostgreSQL database with the right to make schemas: the given one, else of a server for these tests."""
-    if given := os.environ.get(URL_VARIABLE):
-        yield given
-        return
+def postgres_server() -> Iterator[Server]:
+    """A PostgreSQL server of these tests' own, to be restarted; it runs at the begin and at the end of a test."""
     server = Server(find_server_binaries())
-    yield server.url
+    yield server
     server.delete()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """A PostgreSQL database with the right to make schemas: the given one, else of the tests' own server."""
+    given = os.environ.get(URL_VARIABLE)
+    return given or str(request.getfixturevalue("postgres_server").url)
 
 
 @pytest.fixture
@@ -65,15 +77,13 @@ def postgres(postgres_url: str) -> Iterator[Catalogs]:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs twice: with its catalogs in SQLite, and in PostgreSQL. A module asks for it by `usefixtures`."""
     if request.param == "postgresql":
         catalogs: Catalogs = request.getfixturevalue("postgres")
         monkeypatch.setattr(databases, "url_of", catalogs.url_of)
         monkeypatch.setenv("DINO_SEARCH_DATABASE", catalogs.url_of(home))
-    yield str(request.param)
-    while databases.opened:
-        databases.opened.pop().close()
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def _write_copy(catalog: Catalog, path: Path) -> None:
     if isinstance(catalog.store, SqliteStore):
         write_file_copy(catalog.path, path)
         return
-    with catalog.store.errors(), catalog.store.reader.connect() as connection, connection.begin():
+    with catalog.store.errors(), catalog.store.engine.connect() as connection, connection.begin():
         revision = revision_of(connection)
         assert revision == SCHEMA_REVISION, revision
         write_portable_copy(connection, revision, path)

@@ -11,17 +11,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Text
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator
 
 
 class PortableText(TypeDecorator[str]):
-    r"""Text in which NUL is written `\x00`, as in portable paths; sorted by code points on every database."""
+    r"""Text in which NUL is written `\x00`, as in portable paths. Migrations give it an order by code points."""
 
     impl = Text
     cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(Text(collation="C") if dialect.name == "postgresql" else Text())
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return value if value is None else portable_text(value)

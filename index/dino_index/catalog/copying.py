@@ -28,9 +28,8 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
     Ids that the source has given away are never given away by the target, even those of rows that are gone.
     """
     counts = {}
-    # As the databases have them: at an older revision, tables are not those of the present schema.
-    tables = _tables(target)
-    for table in _tables(source).sorted_tables:
+    tables = tables_of(target)
+    for table in tables_of(source).sorted_tables:
         counts[table.name] = 0
         result = source.execute(select(table), execution_options={"yield_per": _ROWS_PER_FETCH})
         for part in result.mappings().partitions():
@@ -44,7 +43,7 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
 
 def delete_rows(connection: Connection) -> None:
     """Empties a catalog. Ids stay given away."""
-    for table in reversed(_tables(connection).sorted_tables):
+    for table in reversed(tables_of(connection).sorted_tables):
         rows = table.delete()
         connection.execute(rows.where(table.c.key != OWN_SETTING) if table.name == "setting" else rows)
 
@@ -52,7 +51,7 @@ def delete_rows(connection: Connection) -> None:
 def count_rows(connection: Connection) -> dict[str, int]:
     """Number of rows by table."""
     counts = {}
-    for table in _tables(connection).sorted_tables:
+    for table in tables_of(connection).sorted_tables:
         rows = select(func.count()).select_from(table)
         rows = rows.where(table.c.key != OWN_SETTING) if table.name == "setting" else rows
         counts[table.name] = connection.execute(rows).scalar_one()
@@ -68,7 +67,7 @@ def write_portable_copy(source: Connection, revision: str, path: Path) -> dict[s
         store = SqliteStore(partial)
         try:
             upgrade(store, revision=revision)
-            with store.writer.connect().execution_options(**{WRITE: True}) as target, target.begin():
+            with store.engine.connect().execution_options(**{WRITE: True}) as target, target.begin():
                 counts = copy_rows(source, target)
         finally:
             store.close()
@@ -117,7 +116,8 @@ def file_problems(path: Path) -> list[str]:
     return [problem for problem in found if problem != "ok"]
 
 
-def _tables(connection: Connection) -> MetaData:
+def tables_of(connection: Connection) -> MetaData:
+    """The catalog's tables as the database has them: at an older revision they are not those of `schema`."""
     metadata = MetaData()
     metadata.reflect(connection)
     if "alembic_version" in metadata.tables:
@@ -143,7 +143,7 @@ def _last_ids(connection: Connection) -> dict[str, int]:
         for table, sequence in _sequences(connection):
             row = connection.exec_driver_sql(f"SELECT last_value, is_called FROM {sequence}").one()
             found[table] = int(row.last_value) if row.is_called else 0
-    for table in _tables(connection).sorted_tables:
+    for table in tables_of(connection).sorted_tables:
         if "id" in table.c:
             highest = connection.execute(select(func.max(table.c.id))).scalar() or 0
             found[table.name] = max(found.get(table.name, 0), highest)
@@ -174,7 +174,7 @@ def _raise_last_ids(connection: Connection, wanted: Mapping[str, int]) -> None:
 
 def _sequences(connection: Connection) -> list[tuple[str, str]]:
     """(table, name of the sequence that numbers its rows) of a PostgreSQL database."""
-    names = [table.name for table in _tables(connection).sorted_tables if "id" in table.c]
+    names = [table.name for table in tables_of(connection).sorted_tables if "id" in table.c]
     found = []
     for name in names:
         sequence = connection.execute(text("SELECT pg_get_serial_sequence(:name, 'id')"), {"name": name}).scalar()

@@ -78,13 +78,13 @@ class Catalog:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session in which every query sees the same state, whatever other processes commit meanwhile."""
-        with self.store.errors(), Session(self.store.reader) as session, session.begin():
+        with self.store.errors(), Session(self.store.engine) as session, session.begin():
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A session whose changes are committed together at the end, or not at all. Waits for other writers."""
-        with self.store.errors(), self.store.writer.connect() as connection:
+        with self.store.errors(), self.store.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE: True})
             with Session(connection) as session, session.begin():
                 yield session

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from dino_index.catalog.column_types import portable_json
-from dino_index.catalog.copying import OWN_SETTING, write_portable_copy
+from dino_index.catalog.copying import OWN_SETTING, tables_of, write_portable_copy
 from dino_index.catalog.schema import Base, SettingRow
 from dino_index.catalog.storage_errors import BUSY_TIMEOUT_S, storage_errors
 from dino_index.catalog.store import WRITE, Store, revision_of
@@ -74,36 +74,36 @@ class PostgresqlStore(Store):
         self._engine = create_engine(
             "postgresql+psycopg://",
             creator=self._connect,
-            json_serializer=portable_json,
+            use_native_hstore=False,
             # A connection that a restart of the server ended is noticed and made anew.
             pool_pre_ping=True,
         )
-        self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
         @event.listens_for(self._engine, "begin")
         def _begin(connection: Connection) -> None:
-            if connection.get_execution_options().get(WRITE, False):
+            options = connection.get_execution_options()
+            if options.get(WRITE, False):
                 # Taken first, in a transaction whose statements each see what was committed before them: once it is
                 # granted nobody else writes, so all of them see the same.
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({self._lock_key})")
+            elif options.get("isolation_level") != "AUTOCOMMIT":
+                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
     @property
-    def reader(self) -> Engine:
-        return self._reader
-
-    @property
-    def writer(self) -> Engine:
+    def engine(self) -> Engine:
         return self._engine
 
     def _connect(self) -> psycopg.Connection[Any]:
         """A new connection. Raises DatabaseAway, CatalogUnavailable."""
         import psycopg
+        from psycopg.types.json import set_json_dumps
 
         try:
             connection = psycopg.connect(**self._parameters)
         except psycopg.Error as error:
             raise self._refused(error) from error
         try:
+            set_json_dumps(portable_json, connection)
             connection.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_S}s'")
             connection.execute("SET timezone = 'UTC'")
             encoding, schema = connection.execute(
@@ -129,7 +129,7 @@ class PostgresqlStore(Store):
         return connection
 
     def revision(self) -> str | None:
-        with self.errors(), self._reader.connect() as connection:
+        with self.errors(), self._engine.connect() as connection:
             return revision_of(connection)
 
     @contextmanager
@@ -153,13 +153,13 @@ class PostgresqlStore(Store):
     def back_up_schema(self, connection: Connection, revision: str) -> Path:
         name = re.sub(r"\W+", "-", self._database)
         backup = self._home / f"catalog.{name}.schema-{revision}.backup"
-        with self._reader.connect() as reading:
+        with self._engine.connect() as reading:
             write_portable_copy(reading, revision, backup)
         return backup
 
     def identity(self) -> str:
         if self._own_id is None:
-            with self.errors(), Session(self._reader) as session:
+            with self.errors(), Session(self._engine) as session:
                 own = session.scalars(select(SettingRow.value).where(SettingRow.key == OWN_SETTING)).one()
             self._own_id = str(own["id"])
         return self._own_id
@@ -190,7 +190,7 @@ class PostgresqlStore(Store):
     def broken_references(self, connection: Connection) -> list[str]:
         """PostgreSQL checks references itself, unless somebody with all rights switched that off."""
         broken = []
-        for table in Base.metadata.sorted_tables:
+        for table in tables_of(connection).sorted_tables:
             for key in table.foreign_keys:
                 target = key.column
                 lost = select(key.parent).where(

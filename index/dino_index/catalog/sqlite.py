@@ -31,14 +31,10 @@ class SqliteStore(Store):
         return cls(home / DATABASE_NAME)
 
     @property
-    def writer(self) -> Engine:
+    def engine(self) -> Engine:
         if self._engine is None:
             self._engine = _create_engine(self.path)
         return self._engine
-
-    @property
-    def reader(self) -> Engine:
-        return self.writer
 
     def revision(self) -> str | None:
         if not self.path.is_file():

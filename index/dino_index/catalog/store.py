@@ -27,13 +27,12 @@ class Store(ABC):
 
     @property
     @abstractmethod
-    def reader(self) -> Engine:
-        """Each of its transactions sees one state, whatever others commit meanwhile."""
+    def engine(self) -> Engine:
+        """Each transaction sees one state, whatever others commit meanwhile.
 
-    @property
-    @abstractmethod
-    def writer(self) -> Engine:
-        """Transactions of its connections with the option `WRITE` follow one after the other, over all processes."""
+        Those of connections with the execution option `WRITE` follow one after the other, over all processes; others
+        only read.
+        """
 
     @abstractmethod
     def revision(self) -> str | None:
