@@ -21,7 +21,7 @@ from requirements import require
 URL_VARIABLE = "DINO_SEARCH_TEST_DATABASE"
 
 # Nothing here has to survive a power cut; crashes of the server, what was committed does.
-_FAST = "fsync=off full_page_writes=off max_wal_size=256MB shared_buffers=32MB".split()
+_FAST = "fsync=off max_wal_size=256MB shared_buffers=32MB".split()
 
 
 class Server:

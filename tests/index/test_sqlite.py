@@ -12,8 +12,9 @@ from sqlalchemy import select
 from catalog_rows import an_image, count_images, fill
 from databases import created_catalog, open_catalog
 from dino_index.catalog import Catalog, ImageRow
+from dino_index.catalog.backup import back_up, restore
 from dino_index.catalog.database import DATABASE_NAME
-from dino_index.errors import CatalogTooNew, CatalogUnavailable, StorageFull
+from dino_index.errors import CatalogDamaged, CatalogTooNew, CatalogUnavailable, StorageFull
 
 
 def test_the_file_is_in_wal_mode(home: Path) -> None:
@@ -91,3 +92,20 @@ def test_a_full_disk_is_called_so(home: Path) -> None:
     with pytest.raises(StorageFull, match="what was committed before is intact"):
         write_too_much()
     assert count_images(open_catalog(home)) == 3
+
+
+@pytest.mark.parametrize("damage", ["another file", "cut"])
+def test_a_damaged_catalog_is_set_aside_and_restored_when_told(home: Path, tmp_path: Path, damage: str) -> None:
+    catalog = created_catalog(home)
+    fill(catalog, 300)
+    back_up(catalog, tmp_path / "backup")
+    catalog.close()
+    content = catalog.path.read_bytes()[:-20000] if damage == "cut" else b"no database at all" * 1000
+    catalog.path.write_bytes(content)
+    with pytest.raises(CatalogDamaged, match="catalog restore"):
+        restore(tmp_path / "backup", home)
+    assert catalog.path.read_bytes() == content
+    done = restore(tmp_path / "backup", home, force=True)
+    assert done.kept is not None
+    assert done.kept.read_bytes() == content
+    assert count_images(open_catalog(home)) == 300

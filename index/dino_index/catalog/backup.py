@@ -165,7 +165,7 @@ def _checked(file: Path, home: Path) -> Iterator[Catalog]:
         try:
             copy_file(file.absolute(), store.path)
         except sqlite3.Error as error:
-            raise BackupUnusable(f"{file} cannot be read ({error}); restore another backup") from error
+            raise BackupUnusable(f"{file} is damaged ({error}); restore another backup") from error
         if problems := file_problems(store.path):
             raise BackupUnusable(f"{file} is damaged ({problems[0]}); restore another backup")
         found = store.revision()
