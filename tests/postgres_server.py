@@ -27,7 +27,9 @@ _FAST = "fsync=off max_wal_size=256MB shared_buffers=32MB".split()
 class Server:
     """A server of our own in a temporary folder, on a free port of the loopback interface."""
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, settings: Sequence[str] = _FAST) -> None:
+        """settings: `name=value` of postgresql.conf."""
+        self._settings = settings
         self._user = _unprivileged_user()
         self._folder = Path(tempfile.mkdtemp(prefix="dino-search-postgres-"))
         self._binaries = binaries
@@ -54,7 +56,7 @@ class Server:
         return f"postgresql://tester:secret@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        settings = " ".join(f"-c {setting}" for setting in _FAST)
+        settings = " ".join(f"-c {setting}" for setting in self._settings)
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k '' {settings}"
         self._run("pg_ctl", "start", "--wait", "--silent", f"--log={self._folder / 'log'}", "-o", options)
 
