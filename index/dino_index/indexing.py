@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
 # What a killed run loses at most. A transaction costs as much as some 25 images in it.
 _IMAGES_A_TRANSACTION = 64
+_MAX_TRANSACTION_GROWTH = 8
 _MAX_UNRECORDED_S = 1.0
 _MAX_PRUNED_FRAC = 0.2
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
@@ -261,21 +264,31 @@ class _Run:
         )  # fmt: skip
         unrecorded: list[EmbeddedFile | FailedFile] = []
         recorded_at = time.monotonic()
-        with closing(batches):
+        # One transaction at a time, beside the forward passes: waiting for a server would hold them up.
+        recording: deque[Future[int]] = deque()
+
+        def await_recording() -> None:
+            nonlocal done
+            while recording:
+                done += recording.popleft().result()
+                on_progress(Progress(done=done, total=total, failed=self.summary.failed))
+
+        with closing(batches), ThreadPoolExecutor(1, "record") as recorder:
             for batch in batches:
                 unrecorded += batch
                 stop = should_stop()
                 late = time.monotonic() - recorded_at > _MAX_UNRECORDED_S
-                if stop or late or len(unrecorded) >= _IMAGES_A_TRANSACTION:
-                    self._record(unrecorded)
-                    done += len(unrecorded)
+                # While one transaction takes long, the next one grows.
+                busy = bool(recording) and not recording[0].done()
+                enough = len(unrecorded) >= _IMAGES_A_TRANSACTION * (_MAX_TRANSACTION_GROWTH if busy else 1)
+                if stop or late or enough:
+                    await_recording()
+                    recording.append(recorder.submit(self._record, unrecorded))
                     unrecorded, recorded_at = [], time.monotonic()
-                    on_progress(Progress(done=done, total=total, failed=self.summary.failed))
                 if stop:
                     break
-        self._record(unrecorded)
-        done += len(unrecorded)
-        on_progress(Progress(done=done, total=total, failed=self.summary.failed))
+            recording.append(recorder.submit(self._record, unrecorded))
+            await_recording()
         self.summary.interrupted = done < total
         self.summary.remaining = total - done
         if done:
@@ -393,9 +406,10 @@ class _Run:
         streamed = {"yield_per": _ROWS_PER_FETCH}
         return self._catalog.read(lambda session: set(session.scalars(digests, execution_options=streamed)))
 
-    def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> None:
+    def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> int:
+        """Writes a batch in one transaction; how many files it holds."""
         if not batch:
-            return
+            return 0
 
         def record(session: Session) -> tuple[Mapping[str, int], set[int]]:
             recorder = BatchRecorder(session, self._collection)
@@ -407,6 +421,7 @@ class _Run:
         self._embedded_digests.update(item.facts.sha256 for item in batch if isinstance(item, EmbeddedFile))
         self.summary.moved += len(moved_ids)
         self._moved_ids |= moved_ids
+        return len(batch)
 
     def _vanished(self) -> dict[str, _KnownImage]:
         """Images under the given paths that were not listed and whose file is gone.

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow, bound_parts
+from dino_index.catalog.bulk import insert_rows
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.collections import CollectionInfo, advance_generation, join_path, relative_path, source_paths
 from dino_index.embedding import EmbeddedFile, FailedFile
@@ -149,7 +150,7 @@ class BatchRecorder:
             if vector is not None and digest not in stored
         ]
         if rows:
-            self._session.execute(insert(EmbeddingRow), rows)
+            insert_rows(self._session.connection(), EmbeddingRow.__table__, rows)
         return digests - stored - new.keys()
 
     def _record_image(self, item: EmbeddedFile, row: ImageRow | None, labels: Mapping[str, str] | None) -> str:

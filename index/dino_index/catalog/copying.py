@@ -9,8 +9,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, MetaData, Table, func, insert, select, text
+from sqlalchemy import Connection, MetaData, Table, func, select, text
 
+from dino_index.catalog.bulk import insert_rows
 from dino_index.catalog.column_types import portable_text
 from dino_index.catalog.sqlite import SqliteStore, copy_file
 from dino_index.catalog.store import WRITE, upgrade
@@ -34,9 +35,8 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
         result = source.execute(select(table), execution_options={"yield_per": _ROWS_PER_FETCH})
         for part in result.mappings().partitions():
             rows = [_portable(row) for row in part if not _is_own(table, row)]
-            if rows:
-                target.execute(insert(tables.tables[table.name]), rows)
-                counts[table.name] += len(rows)
+            insert_rows(target, tables.tables[table.name], rows)
+            counts[table.name] += len(rows)
     _raise_last_ids(target, _last_ids(source))
     return counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from dino_index.catalog.column_types import portable_json
@@ -36,6 +37,7 @@ _CONNECTION_DEFAULTS = {
 }
 _NO_DATABASE = "create it (createdb NAME), or correct the URL"
 _NO_LOGIN = "correct user and password in the URL, or give the password in ~/.pgpass"
+_MAX_IDLE_UNTRIED_S = 5
 # What refuses a connection for good, in the server's own (English) words.
 _REFUSALS = {
     "password authentication failed": _NO_LOGIN,
@@ -75,9 +77,22 @@ class PostgresqlStore(Store):
             "postgresql+psycopg://",
             creator=self._connect,
             use_native_hstore=False,
-            # A connection that a restart of the server ended is noticed and made anew.
-            pool_pre_ping=True,
         )
+
+        @event.listens_for(self._engine, "checkin")
+        def _note_time(_connection: Any, record: Any) -> None:
+            record.info["idle_since"] = time.monotonic()
+
+        @event.listens_for(self._engine, "checkout")
+        def _try(connection: Any, record: Any, _proxy: Any) -> None:
+            # A connection that a restart of the server ended is noticed and made anew. Not after each pause between
+            # two batches, where repeating the transaction does as well.
+            if time.monotonic() - record.info.get("idle_since", float("inf")) > _MAX_IDLE_UNTRIED_S:
+                try:
+                    connection.execute("SELECT 1")
+                    connection.rollback()
+                except psycopg.Error as error:
+                    raise DisconnectionError from error
 
         @event.listens_for(self._engine, "begin")
         def _begin(connection: Connection) -> None:
