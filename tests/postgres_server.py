@@ -105,7 +105,7 @@ class Catalogs:
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(self._server_url, autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]
+            connection.execute(statement)
 
 
 def find_server_binaries() -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, inspect, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow, bound_parts
@@ -67,6 +68,7 @@ class BatchRecorder:
         self._session = session
         self._collection = collection
         self._sources = Sources(source_paths(session, collection))
+        self._new: list[ImageRow] = []
         self.moved_ids: set[int] = set()
         """Images that were found again under another path."""
 
@@ -93,6 +95,7 @@ class BatchRecorder:
                 self.moved_ids.add(row.id)
             result = self._record_image(outcome, row, labels)
             counts["updated" if row is not None and row.id in self.moved_ids else result] += 1
+        self._insert_new()
         return counts
 
     @cached_property
@@ -170,7 +173,8 @@ class BatchRecorder:
         row.status, row.error_code, row.error_message = "ok", None, None
         if labels is not None:
             row.label = labels.get(path, row.label)
-        self._session.add(row)
+        if result == "added":
+            self._new.append(row)
         return result
 
     def _record_failure(self, file: ListedFile, error: ImageError, row: ImageRow | None) -> str:
@@ -179,6 +183,7 @@ class BatchRecorder:
             row = ImageRow(
                 collection_id=self._collection.id, source_id=source_id, path=name, generation=self._generation
             )
+            self._new.append(row)
         elif row.status == "ok":
             if error.reason == "vanished":
                 return "skipped"  # as any image whose file is gone: it stays until it is pruned
@@ -186,8 +191,19 @@ class BatchRecorder:
         row.size, row.mtime_ns = file.size, file.mtime_ns
         row.status, row.error_code, row.error_message = "failed", error.reason, str(error)
         row.sha256 = row.width = row.height = None
-        self._session.add(row)
         return "failed"
+
+    def _insert_new(self) -> None:
+        """Adds the rows of new images, all at once: nobody needs their ids here, which would be asked for singly."""
+        # What was changed or removed comes first: a moved image may have left the path that a new one takes.
+        self._session.flush()
+        given = [attribute for attribute in inspect(ImageRow).column_attrs if attribute.key != "id"]
+        now = datetime.now(UTC)
+        for row in self._new:
+            row.facts = row.facts or {}
+            row.added_at = now
+        rows = [{item.columns[0].name: getattr(row, item.key) for item in given} for row in self._new]
+        insert_rows(self._session.connection(), ImageRow.__table__, rows)
 
 
 def forget_vector(session: Session, collection: CollectionInfo, image_id: int, generation: int) -> None:

@@ -364,8 +364,8 @@ def test_the_first_schema_is_migrated_with_its_rows(home: Path) -> None:
         assert session.scalars(select(CollectionRow.index_type)).one() == "auto"
     (backup,) = home.glob("*.backup")
     assert SqliteStore(backup).revision() == "0001"
-    with closing(sqlite3.connect(backup)) as connection:
-        assert connection.execute("SELECT path, added_at FROM image").fetchall() == [
+    with closing(sqlite3.connect(backup)) as copy:
+        assert copy.execute("SELECT path, added_at FROM image").fetchall() == [
             ("a.jpg", "2026-01-02 03:04:05.000000" if databases.url_of(home) else "2026-01-02 03:04:05")
         ]
 

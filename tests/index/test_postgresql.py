@@ -15,11 +15,13 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import func, select, text
+from sqlalchemy.exc import IntegrityError
 
 import dino_index.catalog.database
 from catalog_rows import an_image, count_images, fill
 from databases import opened
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow
+from dino_index.catalog.bulk import insert_rows
 from dino_index.catalog.storage_errors import BUSY_TIMEOUT_S
 from dino_index.embedding import EmbeddingSettings
 from dino_index.errors import CatalogUnavailable, DatabaseAway
@@ -57,7 +59,7 @@ def url(catalogs: Catalogs, home: Path) -> str:
 def admin(postgres_server: Server) -> Iterator[Callable[[str], Any]]:
     """Runs a statement as the server's owner."""
     with psycopg.connect(postgres_server.url, autocommit=True) as connection:
-        yield lambda statement: connection.execute(statement)  # type: ignore[call-overload]
+        yield lambda statement: connection.execute(statement)
 
 
 def refusal(url: str, home: Path, kind: type[CatalogUnavailable] = CatalogUnavailable) -> str:
@@ -260,6 +262,7 @@ def index(url: str, home: Path, tiny_model: Path) -> Callable[..., IndexSummary]
 @pytest.fixture
 def one_batch_a_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dino_index.indexing._IMAGES_A_TRANSACTION", 2)
+    monkeypatch.setattr("dino_index.indexing._MAX_TRANSACTION_GROWTH", 1)
 
 
 def rows_of(url: str, home: Path) -> tuple[int, int]:
@@ -365,11 +368,40 @@ def test_work_whose_commit_was_confirmed_to_nobody_is_done_once(
     assert (len(attempts), count_images(catalog)) == (2, 1)
 
 
-def test_a_catalog_that_lay_idle_during_a_restart_goes_on(postgres_server: Server, url: str, home: Path) -> None:
+def embedding(number: int) -> dict[str, Any]:
+    return {"sha256": bytes([number]) * 32, "model_id": 1, "kind": "cls", "region": "full", "vector": b"\0\1\\N"}
+
+
+def test_many_rows_at_once_report_a_lost_connection_and_a_refused_row(
+    url: str, home: Path, admin: Callable[[str], Any]
+) -> None:
+    catalog = opened_at(url, home)
+    fill(catalog)
+    table = EmbeddingRow.__table__
+
+    def add(*rows: dict[str, Any], terminated: bool = False) -> None:
+        with catalog.writing() as session:
+            if terminated:
+                admin(f"SELECT pg_terminate_backend({session.execute(text('SELECT pg_backend_pid()')).scalar()})")
+            insert_rows(session.connection(), table, rows)
+
+    with pytest.raises(DatabaseAway, match="ended the connection"):
+        add(embedding(1), terminated=True)
+    add(embedding(1))
+    with pytest.raises(IntegrityError):
+        add(embedding(2), embedding(1))
+    with catalog.reading() as session:
+        assert [row.vector for row in session.scalars(select(EmbeddingRow))] == [b"\0\1\\N"]
+
+
+def test_a_catalog_that_lay_idle_during_a_restart_goes_on(
+    postgres_server: Server, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalog = opened_at(url, home)
     fill(catalog)
     postgres_server.stop("fast")
     postgres_server.start()
+    monkeypatch.setattr("dino_index.catalog.postgresql._MAX_IDLE_UNTRIED_S", 0)
     assert count_images(catalog) == 3
     with catalog.writing() as session:
         session.add(an_image("new.jpg"))

@@ -140,9 +140,9 @@ def _last_ids(connection: Connection) -> dict[str, int]:
         found = {str(name): int(seq) for name, seq in rows}
     else:
         found = {}
-        for table, sequence in _sequences(connection):
+        for name, sequence in _sequences(connection):
             row = connection.exec_driver_sql(f"SELECT last_value, is_called FROM {sequence}").one()
-            found[table] = int(row.last_value) if row.is_called else 0
+            found[name] = int(row.last_value) if row.is_called else 0
     for table in tables_of(connection).sorted_tables:
         if "id" in table.c:
             highest = connection.execute(select(func.max(table.c.id))).scalar() or 0

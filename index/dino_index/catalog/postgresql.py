@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
@@ -228,9 +228,8 @@ class PostgresqlStore(Store):
         self._engine.dispose()
 
     def _name_itself(self, connection: Connection) -> None:
-        own = SettingRow.__table__
-        if connection.execute(select(own.c.key).where(own.c.key == OWN_SETTING)).first() is None:
-            connection.execute(own.insert().values(key=OWN_SETTING, value={"id": uuid4().hex}))
+        if connection.execute(select(SettingRow.key).where(SettingRow.key == OWN_SETTING)).first() is None:
+            connection.execute(insert(SettingRow).values(key=OWN_SETTING, value={"id": uuid4().hex}))
 
     def _refused(self, error: psycopg.Error) -> CatalogUnavailable:
         """Our error for a connection that was not made."""
