@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
-from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.errors import CatalogError, CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
 from dino_index.recording import is_below, remove_images
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dino_index.backbones import Backbone, Device
+    from dino_index.exports import ExportFormat, ExportSummary
+    from dino_index.imports import ImportSummary
     from dino_index.integrity import IntegrityReport
+    from dino_index.purging import PurgeReport
     from dino_index.vector_index import VectorIndex
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -223,22 +226,63 @@ class Collection:
         catalog = self._existing_catalog()
         with catalog.writing() as session:
             collection = find_collection(session, self.name)
-            known = self._paths_by_id(session, collection)
-            chosen: set[int] = set()
-            for target in targets:
-                if isinstance(target, int):
-                    matching = {target} & known.keys()
-                else:
-                    folder = os.path.abspath(os.fspath(target))
-                    matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
-                if not matching:
-                    raise SourceNotFound(
-                        f"expected an image id, file or folder of collection {self.name!r}, found no image for "
-                        f"{target!s}; nothing was removed"
-                    )
-                chosen |= matching
-            remove_images(session, collection, sorted(chosen))
+            chosen = self._ids_of(session, collection, targets)
+            remove_images(session, collection, chosen)
         return len(chosen)
+
+    def purge(self, targets: Iterable[StrPath | int] = ()) -> PurgeReport:
+        """Drops images as `remove` does, with everything of them in the home: vectors, index files, freed pages.
+
+        targets: none to finish a purge that was stopped, and to clear what earlier removals left behind.
+        Raises SourceNotFound as `remove` does; CatalogErrors.
+        """
+        from dino_index.purging import purge_images
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            chosen = self._ids_of(session, collection, targets)
+        self._vectors = None
+        return purge_images(catalog, collection, chosen)
+
+    def record_report(self, path: StrPath, kind: str) -> bool:
+        """Remembers a file that shows images of this collection, for `purge`; False where the home is read-only."""
+        from dino_index.purging import record_report
+
+        try:
+            record_report(self._existing_catalog(), self.name, os.fspath(path), kind)
+        except CatalogError:
+            return False
+        return True
+
+    def export(self, folder: StrPath, *, form: ExportFormat = "all", force: bool = False) -> ExportSummary:
+        """Writes the collection into a new folder; `dino_index.exports.export_collection` says how.
+
+        Raises OutputExists, OutputUnwritable, CollectionNotFound, CatalogErrors.
+        """
+        from dino_index.exports import export_collection
+        from dino_index.purging import EXPORT_KIND
+
+        written = export_collection(self._existing_catalog(), self.name, Path(folder), form=form, force=force)
+        self.record_report(folder, EXPORT_KIND)
+        return written
+
+    def import_from(
+        self, folder: StrPath, *, on_part: Callable[[int, int], None] = lambda done, total: None
+    ) -> ImportSummary:
+        """Adds the images of a folder that `export` wrote; the collection is made when it is not there.
+
+        The model that this collection was opened with, if any, says where the weights are on this machine.
+        Raises as `dino_index.imports.import_collection` does.
+        """
+        from dino_index.exchange import read_description
+        from dino_index.imports import import_collection
+
+        read_description(Path(folder))  # a wrong folder must not bring a home into being
+        if self._catalog is None:
+            self._catalog = Catalog.open(self.home, create=True)
+        assert self._catalog is not None
+        return import_collection(self._catalog, self.name, Path(folder), self._model, on_part=on_part)
 
     def _search(
         self, images: Sequence[Picture], k: int, *, labelled: bool, min_score: float | None = None
@@ -312,6 +356,24 @@ class Collection:
                 f"nothing has been indexed yet under {self.home}; run: dino-search index FOLDER-WITH-PICTURES"
             )
         return self._catalog
+
+    def _ids_of(self, session: Session, collection: CollectionInfo, targets: Iterable[StrPath | int]) -> list[int]:
+        """Ids of the images that are meant. Raises SourceNotFound."""
+        known = self._paths_by_id(session, collection)
+        chosen: set[int] = set()
+        for target in targets:
+            if isinstance(target, int):
+                matching = {target} & known.keys()
+            else:
+                folder = os.path.abspath(os.fspath(target))
+                matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
+            if not matching:
+                raise SourceNotFound(
+                    f"expected an image id, file or folder of collection {self.name!r}, found no image for "
+                    f"{target!s}; nothing was removed"
+                )
+            chosen |= matching
+        return sorted(chosen)
 
     def _paths_by_id(self, session: Session, collection: CollectionInfo) -> Mapping[int, str]:
         sources = source_paths(session, collection)

@@ -46,11 +46,13 @@ def search(
 
     with Collection.open(collection, home=home) as opened:
         found = opened.search(image, k=k, min_score=min_score)
-    if html is not None:
-        from dino_search.contact_sheet import write_contact_sheet
+        if html is not None:
+            from dino_search.contact_sheet import KIND, write_contact_sheet
 
-        write_contact_sheet(html, f"Search in {collection}", [found])
-        tell(f"wrote {html}")
+            write_contact_sheet(html, f"Search in {collection}", [found])
+            tell(f"wrote {html}")
+            if not opened.record_report(html, KIND):
+                tell(f"the home cannot be written, so that remove --purge will not know of {html}")
     if as_json:
         print_json(found.to_json())
     else:

@@ -25,6 +25,11 @@ DinoSearchError
 │   ├── RunNotFound         nothing to resume, or a checkpoint that cannot be read
 │   ├── TooFewImages        fewer images than a batch takes
 │   └── TrainingDiverged    loss or gradients stayed infinite or not a number
+├── ExchangeError
+│   ├── NotAnExport         a folder that `export` did not write
+│   ├── ExportTooNew        written by a newer version of this program
+│   ├── ExportIncomplete    written without what an import needs
+│   └── ExportDamaged       files are missing, changed, or disagree with the description
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── OutputExists            a file that would be overwritten without --force
 └── OutputUnwritable        a result that cannot be written where it should go
@@ -172,6 +177,28 @@ class TooFewImages(RunError):
 
 class TrainingDiverged(RunError):
     code = "training_diverged"
+
+
+class ExchangeError(DinoSearchError):
+    """An exported collection that cannot be imported."""
+
+    code = "exchange"
+
+
+class NotAnExport(ExchangeError):
+    code = "not_an_export"
+
+
+class ExportTooNew(ExchangeError):
+    code = "export_too_new"
+
+
+class ExportIncomplete(ExchangeError):
+    code = "export_incomplete"
+
+
+class ExportDamaged(ExchangeError):
+    code = "export_damaged"
 
 
 class LabelFileError(DinoSearchError):
