@@ -236,10 +236,9 @@ def _images(collection: CollectionInfo, status: str) -> Select[ImageRow, str]:
 
 
 def _pages(session: Session, rows: Select[*tuple[Any, ...]]) -> Iterator[Row[*tuple[Any, ...]]]:
-    """The rows, of which only a page is in memory."""
+    """The rows, of which only a page is in memory: a session keeps unchanged objects no longer than their user."""
     for page in session.execute(rows, execution_options={"yield_per": _ROWS_PER_FETCH}).partitions():
         yield from page
-        session.expunge_all()
 
 
 def _file_columns(image: ImageRow, source: str) -> dict[str, Any]:

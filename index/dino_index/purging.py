@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from dino_index.catalog import (
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, find_collection, join_path
 from dino_index.recording import remove_images
-from dino_index.snapshots import snapshot_folder, write_snapshot
+from dino_index.snapshots import SNAPSHOTS, snapshot_folder, write_snapshot
 
 EXPORT_KIND = "export"
 _LOCK = "lock"
@@ -144,6 +145,8 @@ def _rewrite_snapshots(catalog: Catalog) -> int:
 
     Other collections count as well: they may have dropped an image of the same bytes since their index was written.
     """
+    # Listed before the collections, so that one which is made meanwhile keeps its files.
+    folders = {path for path in (catalog.home / SNAPSHOTS).glob("*") if path.is_dir()}
     with catalog.reading() as session:
         names = session.scalars(select(CollectionRow.name)).all()
         collections = [find_collection(session, name) for name in names]
@@ -155,6 +158,11 @@ def _rewrite_snapshots(catalog: Catalog) -> int:
             write_snapshot(catalog, collection)
             num_written += 1
         _delete_outdated_files(catalog, collection)
+    known = {snapshot_folder(catalog, collection) for collection in collections}
+    for folder in folders - known:
+        # Of a collection that is gone.
+        with storage_errors(catalog.home):
+            shutil.rmtree(folder)
     return num_written
 
 

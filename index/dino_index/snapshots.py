@@ -28,6 +28,8 @@ from dino_index.collections import CollectionInfo, generation_of, option_for
 from dino_index.errors import CatalogUnavailable
 
 INDEX_TYPE = "flat"
+SNAPSHOTS = "snapshots"
+"""The folder of the home that holds a folder for each collection."""
 
 _ROWS_PER_FETCH = 8192
 
@@ -173,7 +175,7 @@ def snapshot_is_intact(catalog: Catalog, collection: CollectionInfo, row: Snapsh
 
 
 def snapshot_folder(catalog: Catalog, collection: CollectionInfo) -> Path:
-    return catalog.home / "snapshots" / str(collection.id)
+    return catalog.home / SNAPSHOTS / str(collection.id)
 
 
 @contextmanager

@@ -175,12 +175,20 @@ def test_part_names_sort_as_their_numbers_do() -> None:
 
 
 @pytest.mark.parametrize("rows_a_part", [3, 1000])
-def test_import_restores_everything(tmp_path: Path, home: Path, photos: Path, rows_a_part: int) -> None:
+@pytest.mark.parametrize("rows_a_page", [1, 2, 1000])
+def test_import_restores_everything(
+    tmp_path: Path, home: Path, photos: Path, tiny_model: Path, rows_a_part: int, rows_a_page: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(exports, "_ROWS_PER_FETCH", rows_a_page)
+    monkeypatch.setattr(imports, "_FAILED_ROWS_A_TRANSACTION", rows_a_page)
+    (photos / "broken two.jpg").write_bytes(b"no picture either")
+    index_files(home, tiny_model, photos)
     (photos / "cat" / "a.jpg").unlink()  # what is imported need not exist
     export(home, tmp_path / "exported", rows_a_part=rows_a_part)
     other = tmp_path / "other"
     done = bring_in(other, tmp_path / "exported")
-    assert done == ImportSummary(collection="default", added=8, failed=1, images=7, ids="kept")
+    assert done == ImportSummary(collection="default", added=9, failed=2, images=7, ids="kept")
     assert everything(other) == everything(home)
     assert ids_of(other) == ids_of(home)
     assert findable(other) == findable(home)

@@ -245,6 +245,15 @@ def test_a_collection_can_be_purged_empty(home: Path, secret: Path, tiny_model: 
     assert findable(home) == {str(secret)}
 
 
+def test_index_files_of_collections_that_are_gone_are_deleted(home: Path, secret: Path) -> None:
+    wanted = traces(home, secret)
+    (current, _) = sorted((home / "snapshots").rglob("*.faiss"))
+    (home / "snapshots" / "77").mkdir()
+    (home / "snapshots" / "77" / "old.faiss").write_bytes(current.read_bytes())
+    purge(home, secret)
+    assert files_with(home, wanted) == {trace: set() for trace in wanted}
+
+
 def test_backups_are_listed(home: Path, secret: Path) -> None:
     backup = home / "catalog.sqlite3.schema-0001.backup"
     backup.write_bytes(b"older rows")
