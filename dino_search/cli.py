@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from dino_index.errors import DinoSearchError
-from dino_search.commands import demo, housekeeping, indexing, pretraining, searching
+from dino_search.commands import demo, housekeeping, indexing, pretraining, reindexing, searching
 from dino_search.commands.output import complain
 
 # The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for register in (indexing, searching, pretraining, housekeeping, demo):
+for register in (indexing, searching, pretraining, reindexing, housekeeping, demo):
     register.add_commands(app)
 
 

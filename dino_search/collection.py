@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from dino_index.backbones import Backbone, Device
     from dino_index.integrity import IntegrityReport
+    from dino_index.reindexing import ReindexOptions, ReindexSummary
     from dino_index.vector_index import VectorIndex
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -106,6 +107,35 @@ class Collection:
             self._model,
             lambda: resolve_model(BUNDLED),
             options or IndexOptions(),
+            device=self._device,
+            on_progress=on_progress,
+            should_stop=should_stop,
+        )
+
+    def reindex(
+        self,
+        model: str | Path,
+        options: ReindexOptions | None = None,
+        *,
+        pooling: Pooling | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ReindexSummary:
+        """Gives the collection another model; ids, labels and metadata stay, and searches work meanwhile.
+
+        pooling: of the GeM vectors; None for what the collection has.
+        Raises CollectionNotFound, ReindexRefused, ModelError, CatalogError.
+        """
+        from dino_index.reindexing import ReindexOptions, reindex_collection
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+        return reindex_collection(
+            catalog,
+            collection,
+            resolve_model(model, pooling=pooling or collection.model_config["pooling"]),
+            options or ReindexOptions(),
             device=self._device,
             on_progress=on_progress,
             should_stop=should_stop,
@@ -255,7 +285,9 @@ class Collection:
             collection = find_collection(session, self.name)
         queries_QD = np.concatenate([self._embed_query(catalog, collection, image) for image in images])
         with catalog.reading() as session:
-            collection = find_collection(session, self.name)
+            embedded_for, collection = collection, find_collection(session, self.name)
+            if collection.model_id != embedded_for.model_id:  # by a reindex that has just switched
+                return self._search(images, k, labelled=labelled, min_score=min_score)
             if self._vectors is None or not self._vectors.is_current(session, collection):
                 self._vectors = VectorIndex.load(catalog, session, collection)
             if not len(self._vectors):

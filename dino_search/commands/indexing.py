@@ -58,8 +58,8 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Add new and changed images, skip unchanged ones."""
-    _require_choice("--device", device, ("auto", "cpu", "cuda"))
-    _require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
+    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
     from dino_index.embedding import EmbeddingSettings
     from dino_index.image_bytes import ReadLimits
     from dino_index.indexing import IndexOptions
@@ -81,7 +81,7 @@ def index(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
-    with opened, stopping_on_signals("this batch") as signals, _progress_bar() as show:
+    with opened, stopping_on_signals("this batch") as signals, progress_bar("indexing") as show:
         summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
     if as_json:
         print_json(summary.to_json())
@@ -95,7 +95,8 @@ def index(
         raise typer.Exit(1)
 
 
-def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises BadParameter, which is wrong usage."""
     if value not in choices:
         raise typer.BadParameter(f"expected one of {', '.join(choices)}, found {value!r}", param_hint=option)
 
@@ -133,7 +134,7 @@ def _tell_counts(what: str, counts: Mapping[str, int]) -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[Progress], None]]:
     """A bar with images/s and time left on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda progress: None
@@ -143,7 +144,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("indexing"), BarColumn(), MofNCompleteColumn(),
+        TextColumn(what), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} images/s"), TimeRemainingColumn(), TextColumn("{task.fields[failed]}"),
     )  # fmt: skip
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:

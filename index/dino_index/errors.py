@@ -6,7 +6,8 @@ DinoSearchError
 │   ├── ModelNotFound       neither a bundled name nor a file
 │   ├── ArchitectureUnknown a weights file that does not say which architecture it is for
 │   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
-│   └── FingerprintMismatch the collection was built with another model
+│   ├── FingerprintMismatch the collection was built with another model
+│   └── OutOfMemory         the device cannot hold the model, or one picture's forward pass
 ├── CatalogError
 │   ├── CatalogUnavailable  the home cannot be read, created or written
 │   ├── CatalogTooNew       written by a newer version of this program
@@ -14,6 +15,7 @@ DinoSearchError
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
 │   ├── CollectionEmpty     a collection without one readable image
+│   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
 │   └── NoLabels            classification without labelled images
 ├── SourceError
 │   ├── SourceNotFound      a given path does not exist or cannot be listed
@@ -94,6 +96,10 @@ class FingerprintMismatch(ModelError):
     code = "fingerprint_mismatch"
 
 
+class OutOfMemory(ModelError):
+    code = "out_of_memory"
+
+
 class CatalogError(DinoSearchError):
     """The database under the home folder cannot be used."""
 
@@ -124,6 +130,10 @@ class CollectionNotFound(CollectionError):
 
 class CollectionEmpty(CollectionError):
     code = "collection_empty"
+
+
+class ReindexRefused(CollectionError):
+    code = "reindex_refused"
 
 
 class NoLabels(CollectionError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,16 +31,13 @@ from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, Pru
 from dino_index.image_files import ListedFile, Listing, check_patterns, list_images
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
-from dino_index.recording import BatchRecorder, Sources, is_below, remove_images
+from dino_index.recording import BatchRecorder, Sources, in_transactions, is_below, remove_images
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
 
 # Reasons that lie outside the file's content: worth another try although the file looks unchanged.
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
-# What a killed run loses at most. A transaction costs as much as some 25 images in it.
-_IMAGES_A_TRANSACTION = 64
-_MAX_UNRECORDED_S = 1.0
 _MAX_PRUNED_FRAC = 0.2
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
 _MIN_DELTA_TO_COMPACT = 1000
@@ -262,23 +258,10 @@ class _Run:
             self._to_read, self._load_backbone, self._spec.input_size, self._find_embedded,
             self._options.embedding,
         )  # fmt: skip
-        unrecorded: list[EmbeddedFile | FailedFile] = []
-        recorded_at = time.monotonic()
-        with closing(batches):
-            for batch in batches:
-                unrecorded += batch
-                stop = should_stop()
-                late = time.monotonic() - recorded_at > _MAX_UNRECORDED_S
-                if stop or late or len(unrecorded) >= _IMAGES_A_TRANSACTION:
-                    self._record(unrecorded)
-                    done += len(unrecorded)
-                    unrecorded, recorded_at = [], time.monotonic()
-                    on_progress(Progress(done=done, total=total, failed=self.summary.failed))
-                if stop:
-                    break
-        self._record(unrecorded)
-        done += len(unrecorded)
-        on_progress(Progress(done=done, total=total, failed=self.summary.failed))
+        for outcomes in in_transactions(batches, should_stop):
+            self._record(outcomes)
+            done += len(outcomes)
+            on_progress(Progress(done=done, total=total, failed=self.summary.failed))
         self.summary.interrupted = done < total
         self.summary.remaining = total - done
         if done:

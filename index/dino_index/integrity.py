@@ -11,12 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, exists, select
+from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
-from dino_index.collections import CollectionInfo, advance_generation, generation_of, join_path
+from dino_index.collections import (
+    CollectionInfo,
+    advance_generation,
+    check_model,
+    generation_of,
+    hold_model,
+    join_path,
+    pending_models,
+)
 from dino_index.recording import forget_vector
 from dino_index.snapshots import (
     SnapshotDamaged,
@@ -27,6 +35,7 @@ from dino_index.snapshots import (
 )
 
 _ROWS_PER_FETCH = 8192
+_UNSYNCHRONISED = {"synchronize_session": False}
 
 
 @dataclass(kw_only=True)
@@ -77,17 +86,50 @@ def verify_collection(
 
 
 def compact_collection(catalog: Catalog, collection: CollectionInfo) -> None:
-    """Writes a fresh snapshot, drops embeddings that no image refers to, and gives free pages back."""
+    """Writes a fresh snapshot, drops embeddings that no collection needs, and gives free pages back."""
     write_snapshot(catalog, collection)
     with catalog.writing() as session:
-        session.execute(delete(EmbeddingRow).where(~exists().where(ImageRow.sha256 == EmbeddingRow.sha256)))
+        session.execute(delete(EmbeddingRow).where(_unneeded(session)), execution_options=_UNSYNCHRONISED)
     catalog.reclaim_space()
+
+
+def drop_unneeded_embeddings(catalog: Catalog, model_id: int) -> None:
+    """Drops a model's embeddings that no collection needs, in transactions that others need not wait for long.
+
+    What a kill leaves of them goes with the next `compact_collection`.
+    """
+    done = b""
+    while True:
+        with catalog.writing() as session:
+            of_model = EmbeddingRow.model_id == model_id, EmbeddingRow.sha256 > done
+            part = session.scalars(
+                select(EmbeddingRow.sha256).where(*of_model).order_by(EmbeddingRow.sha256).limit(_ROWS_PER_FETCH)
+            ).all()
+            if not part:
+                return
+            unneeded = delete(EmbeddingRow).where(*of_model, EmbeddingRow.sha256 <= part[-1], _unneeded(session))
+            session.execute(unneeded, execution_options=_UNSYNCHRONISED)
+            done = part[-1]
+
+
+def _unneeded(session: Session) -> ColumnElement[bool]:
+    """Whether no image of a collection under the embedding's model, present or coming, has its bytes."""
+    coming = (
+        and_(CollectionRow.id == collection_id, EmbeddingRow.model_id == model_id)
+        for collection_id, model_id in pending_models(session).items()
+    )
+    return ~exists().where(
+        ImageRow.sha256 == EmbeddingRow.sha256,
+        ImageRow.collection_id == CollectionRow.id,
+        or_(CollectionRow.model_id == EmbeddingRow.model_id, *coming),
+    )
 
 
 def _faulty_images(catalog: Catalog, collection: CollectionInfo, report: IntegrityReport) -> dict[int, str]:
     """Absolute path by id of readable images without a sound embedding of either kind."""
     sound: dict[bytes, int] = {}
     with catalog.reading() as session:
+        check_model(session, collection)
         embeddings = session.execute(
             select(EmbeddingRow.sha256, EmbeddingRow.vector).where(
                 EmbeddingRow.model_id == collection.model_id,
@@ -127,6 +169,7 @@ def _is_sound(vector: bytes, dim: int) -> bool:
 def _discard(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[int]) -> None:
     """Deletes faulty embeddings, and makes the images look unread so that indexing reads them again."""
     with catalog.writing() as session:
+        hold_model(session, collection)
         for image_id in image_ids:
             image = session.get_one(ImageRow, image_id)
             session.execute(

@@ -7,8 +7,10 @@ again inside the transaction: another process may have indexed the same files me
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 
 from sqlalchemy import delete, insert, select
@@ -16,10 +18,21 @@ from sqlalchemy.orm import Session
 
 from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import encode_path
-from dino_index.collections import CollectionInfo, advance_generation, join_path, relative_path, source_paths
-from dino_index.embedding import EmbeddedFile, FailedFile
+from dino_index.collections import (
+    CollectionInfo,
+    advance_generation,
+    hold_model,
+    join_path,
+    relative_path,
+    source_paths,
+)
+from dino_index.embedding import EmbeddedFile, FailedFile, FileFacts
 from dino_index.errors import ImageError
 from dino_index.image_files import ListedFile
+
+# What a killed run loses at most. A transaction costs as much as some 25 images in it.
+_IMAGES_A_TRANSACTION = 64
+_MAX_UNRECORDED_S = 1.0
 
 
 class Sources:
@@ -59,10 +72,37 @@ def is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
+def in_transactions(
+    batches: Generator[list[EmbeddedFile | FailedFile]], should_stop: Callable[[], bool]
+) -> Iterator[list[EmbeddedFile | FailedFile]]:
+    """The outcomes of batches in parts that are worth a transaction each.
+
+    should_stop: asked after each batch; what there is by then is the last part.
+    """
+    unrecorded: list[EmbeddedFile | FailedFile] = []
+    recorded_at = time.monotonic()
+    with closing(batches):
+        for batch in batches:
+            unrecorded += batch
+            stop = should_stop()
+            late = time.monotonic() - recorded_at > _MAX_UNRECORDED_S
+            if stop or late or len(unrecorded) >= _IMAGES_A_TRANSACTION:
+                yield unrecorded
+                unrecorded, recorded_at = [], time.monotonic()
+            if stop:
+                break
+    if unrecorded:
+        yield unrecorded
+
+
 class BatchRecorder:
-    """One transaction's view of one batch. `record` it once."""
+    """One transaction's view of one batch. `record` it once.
+
+    Raises FingerprintMismatch when the collection has been given another model than that of the vectors.
+    """
 
     def __init__(self, session: Session, collection: CollectionInfo) -> None:
+        hold_model(session, collection)
         self._session = session
         self._collection = collection
         self._sources = Sources(source_paths(session, collection))
@@ -74,7 +114,7 @@ class BatchRecorder:
         counts: Counter[str] = Counter()
         rows = self._rows_by_path([outcome.file.path for outcome in outcomes])
         embedded = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedFile)]
-        without_vector = self._store_vectors(embedded)
+        without_vector = store_vectors(self._session, self._collection.model_id, embedded)
         moved = self._rows_by_content([item.facts.sha256 for item in embedded if item.file.path not in rows])
         for outcome in outcomes:
             path = outcome.file.path
@@ -128,30 +168,6 @@ class BatchRecorder:
                     found.setdefault(row.sha256, []).append(row)
         return found
 
-    def _store_vectors(self, items: Sequence[EmbeddedFile]) -> set[bytes]:
-        """Adds the vectors that the catalog lacks; returns the digests of items that have none, old or new."""
-        digests = {item.facts.sha256 for item in items}
-        model_id = self._collection.model_id
-        stored: set[bytes] = set()
-        for part in bound_parts(list(digests)):
-            stored |= set(
-                self._session.scalars(
-                    select(EmbeddingRow.sha256).where(
-                        EmbeddingRow.model_id == model_id, EmbeddingRow.kind == "cls", EmbeddingRow.sha256.in_(part)
-                    )
-                )
-            )
-        new = {item.facts.sha256: item for item in items if item.cls_D is not None}
-        rows = [
-            {"sha256": digest, "model_id": model_id, "kind": kind, "region": "full", "vector": vector.tobytes()}
-            for digest, item in new.items()
-            for kind, vector in (("cls", item.cls_D), ("gem", item.gem_D))
-            if vector is not None and digest not in stored
-        ]
-        if rows:
-            self._session.execute(insert(EmbeddingRow), rows)
-        return digests - stored - new.keys()
-
     def _record_image(self, item: EmbeddedFile, row: ImageRow | None, labels: Mapping[str, str] | None) -> str:
         facts, path = item.facts, item.file.path
         if row is None:
@@ -164,9 +180,7 @@ class BatchRecorder:
             result = "skipped" if unchanged and not relabelled else "updated"
         if row.status != "ok" or row.sha256 != facts.sha256:
             row.generation = self._generation
-        row.sha256, row.size, row.mtime_ns = facts.sha256, facts.size, facts.mtime_ns
-        row.width, row.height = facts.width, facts.height
-        row.status, row.error_code, row.error_message = "ok", None, None
+        enter_content(row, facts)
         if labels is not None:
             row.label = labels.get(path, row.label)
         self._session.add(row)
@@ -182,11 +196,47 @@ class BatchRecorder:
             if error.reason == "vanished":
                 return "skipped"  # as any image whose file is gone: it stays until it is pruned
             forget_vector(self._session, self._collection, row.id, self._generation)
-        row.size, row.mtime_ns = file.size, file.mtime_ns
-        row.status, row.error_code, row.error_message = "failed", error.reason, str(error)
-        row.sha256 = row.width = row.height = None
+        enter_failure(row, file, error)
         self._session.add(row)
         return "failed"
+
+
+def store_vectors(session: Session, model_id: int, items: Sequence[EmbeddedFile]) -> set[bytes]:
+    """Adds the vectors that the catalog lacks; returns the digests of items that have none under the model."""
+    digests = {item.facts.sha256 for item in items}
+    stored: set[bytes] = set()
+    for part in bound_parts(list(digests)):
+        stored |= set(
+            session.scalars(
+                select(EmbeddingRow.sha256).where(
+                    EmbeddingRow.model_id == model_id, EmbeddingRow.kind == "cls", EmbeddingRow.sha256.in_(part)
+                )
+            )
+        )
+    new = {item.facts.sha256: item for item in items if item.cls_D is not None}
+    rows = [
+        {"sha256": digest, "model_id": model_id, "kind": kind, "region": "full", "vector": vector.tobytes()}
+        for digest, item in new.items()
+        for kind, vector in (("cls", item.cls_D), ("gem", item.gem_D))
+        if vector is not None and digest not in stored
+    ]
+    if rows:
+        session.execute(insert(EmbeddingRow), rows)
+    return digests - stored - new.keys()
+
+
+def enter_content(row: ImageRow, facts: FileFacts) -> None:
+    """Makes an image one of these bytes, whatever it was before."""
+    row.sha256, row.size, row.mtime_ns = facts.sha256, facts.size, facts.mtime_ns
+    row.width, row.height = facts.width, facts.height
+    row.status, row.error_code, row.error_message = "ok", None, None
+
+
+def enter_failure(row: ImageRow, file: ListedFile, error: ImageError) -> None:
+    """Makes an image a failed one in the ledger."""
+    row.size, row.mtime_ns = file.size, file.mtime_ns
+    row.status, row.error_code, row.error_message = "failed", error.reason, str(error)
+    row.sha256 = row.width = row.height = None
 
 
 def forget_vector(session: Session, collection: CollectionInfo, image_id: int, generation: int) -> None:

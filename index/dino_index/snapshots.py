@@ -24,7 +24,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, storage_errors
-from dino_index.collections import CollectionInfo, generation_of, option_for
+from dino_index.collections import CollectionInfo, check_model, generation_of, hold_model, option_for
 from dino_index.errors import CatalogUnavailable
 
 INDEX_TYPE = "flat"
@@ -112,10 +112,14 @@ def build_index(vectors: Vectors) -> faiss.Index:
 
 
 def write_snapshot(catalog: Catalog, collection: CollectionInfo) -> None:
-    """Writes a snapshot of the present state and points the catalog to it. One process at a time."""
+    """Writes a snapshot of the present state and points the catalog to it. One process at a time.
+
+    Raises FingerprintMismatch when the collection has been given another model meanwhile.
+    """
     folder = snapshot_folder(catalog, collection)
     with storage_errors(catalog.home), _locked(folder):
         with catalog.reading() as session:
+            check_model(session, collection)
             generation = generation_of(session, collection)
             index = build_index(load_vectors(session, collection))
         path = folder / f"{INDEX_TYPE}-{generation}-{uuid4().hex[:8]}.faiss"
@@ -130,6 +134,7 @@ def write_snapshot(catalog: Catalog, collection: CollectionInfo) -> None:
             sha256=_file_digest(path),
         )
         with catalog.writing() as session:
+            hold_model(session, collection)
             before = session.get(SnapshotRow, collection.id)
             # The one before is kept: a reader may have learned its name and not opened it yet.
             keep = {path.name, before.file_name} if before else {path.name}
