@@ -5,11 +5,15 @@ Shapes: B pictures, H x W pixels, C channels of a picture (red, green, blue, or 
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dino_index.descriptors import descriptors
-from dino_index.errors import ArchitectureUnknown, ModelError, WeightsMismatch
+from dino_index.errors import ArchitectureUnknown, ModelError, OutOfMemory, WeightsMismatch
 from dino_index.model_files import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -45,60 +51,190 @@ class Backbone:
         """Builds the architecture and loads the weights.
 
         dtype: None chooses bfloat16 where the processor computes in it, else float32.
-        Raises ArchitectureUnknown, WeightsMismatch, ModelError.
+        Raises ArchitectureUnknown, WeightsMismatch, OutOfMemory, ModelError.
         """
         self.spec = spec
-        self.device = choose_device(device)
+        self._devices = usable_devices(device)
+        self.device = self._devices[0]
         self.dtype = dtype or fastest_dtype(self.device)
-        self._model = load_model(spec).to(self.device, self.dtype)
         self.batch_size = _BATCH_SIZES[self.device.type, self.dtype == torch.bfloat16]
         """Pictures in one forward pass that suit the device."""
-        # Pixels are 0..255: scaling by 255 is folded into the normalisation.
-        self._shift = self._per_channel(spec.mean)
-        self._scale = 1 / self._per_channel(spec.std)
-        self._grey_shares = torch.tensor(GREY, device=self.device).view(1, 3, 1, 1)
+        self._replicas = [_Replica(spec, self.device, self.dtype)]
+        self._thread = threading.local()
         self.dim = int(self.embed_tensor(torch.zeros(1, spec.input_size, spec.input_size, 3))[0].shape[1])
 
     @property
     def num_passes(self) -> int:
-        """How many forward passes run at a time where there are many to do: one a processor, one on a GPU."""
-        return torch.get_num_threads() if self.device.type == "cpu" else 1
+        """How many forward passes run at a time where there are many to do: one a processor, or one a GPU."""
+        return torch.get_num_threads() if self._is_shared else len(self._devices)
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs that work side by side; the processors count as one."""
+        return len(self._devices)
+
+    @property
+    def max_waiting(self) -> int:
+        """Batches to hand over before waiting for the oldest: a GPU is not to wait for its next pixels."""
+        return self.num_passes if self._is_shared else 2 * self.num_passes
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether all threads compute with the same replica. A GPU belongs to one thread."""
+        return self._devices == [torch.device("cpu")]
 
     @contextmanager
     def forward_threads(self) -> Iterator[ThreadPoolExecutor]:
-        """`num_passes` threads to call `embed` in, each of which computes on one processor alone.
+        """`num_passes` threads to call `embed` in, each of which computes on one processor or one GPU alone.
 
         Threads that share one pass wait for each other at every layer, and the longer the more other work there is
         (decoding). Two passes side by side do 1.2 to 1.3 times as many pictures as one over two processors.
+        With several GPUs each has a replica of the model, and the next batch goes to whichever is free.
         """
         num_threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self.num_passes, "forward", initializer=self._compute_alone)
+        free: SimpleQueue[_Replica] = SimpleQueue()
+        for replica in self._replicas_of_all_devices():
+            free.put(replica)
+        pool = ThreadPoolExecutor(self.num_passes, "forward", initializer=self._compute_alone, initargs=(free,))
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
 
-    def embed(self, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """(cls_BD, gem_BD) of RGB squares of the model's input size, raw and in float16 as they are stored."""
-        cls_BD, gem_BD = self.embed_tensor(torch.from_numpy(pixels_BHWC))
-        return _to_float16(cls_BD), _to_float16(gem_BD)
+    def stack(self, squares_HWC: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Pictures as one array for `embed`, which a GPU can fetch by itself while the processor does other things."""
+        if self.device.type == "cuda":
+            try:
+                pinned = torch.empty((len(squares_HWC), *squares_HWC[0].shape), dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # a container may lock few pages only
+                pass
+            else:
+                return np.stack(squares_HWC, out=pinned.numpy())
+        return np.stack(squares_HWC)
 
-    @torch.inference_mode()
+    def embed(self, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """(cls_BD, gem_BD) of RGB squares of the model's input size, raw and in float16 as they are stored.
+
+        A batch that does not fit into memory is done in halves, and so are later ones.
+        Raises OutOfMemory where a single picture does not fit.
+        """
+        replica: _Replica = getattr(self._thread, "replica", self._replicas[0])
+        parts: list[tuple[NDArray[np.float16], NDArray[np.float16]]] = []
+        begin = 0
+        while begin < len(pixels_BHWC) or not parts:
+            size = min(len(pixels_BHWC) - begin, replica.max_pictures)
+            if (vectors := self._try_to_embed(replica, pixels_BHWC[begin : begin + size])) is not None:
+                parts.append(vectors)
+                begin += size
+            else:
+                replica.halve(size)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([cls_BD for cls_BD, _ in parts]), np.concatenate([gem_BD for _, gem_BD in parts])
+
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
-        pictures_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        if len(self.spec.mean) == 1:
-            pictures_BCHW = (pictures_BCHW * self._grey_shares).sum(dim=1, keepdim=True)
-        pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
-        return descriptors(self._model, pictures_BCHW.to(self.dtype).contiguous(), self.spec.pooling)
+        return self._replicas[0].forward(pixels_BHWC)
 
-    def _compute_alone(self) -> None:
+    def _try_to_embed(
+        self, replica: _Replica, pixels_BHWC: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float16]] | None:
+        """None where the pictures do not fit into memory; nothing of the pass is left in it then."""
+        try:
+            cls_BD, gem_BD = replica.forward(torch.from_numpy(pixels_BHWC))
+            return _to_float16(cls_BD), _to_float16(gem_BD)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None
+
+    def _replicas_of_all_devices(self) -> list[_Replica]:
+        """A replica on each device; a GPU that has no room for one is left out, with a remark."""
+        for device in self._devices[len(self._replicas) :]:
+            try:
+                self._replicas.append(_Replica(self.spec, device, self.dtype))
+            except OutOfMemory as error:
+                logger.warning("%s; going on without it", error)
+                self._devices.remove(device)
+        return self._replicas
+
+    def _compute_alone(self, free: SimpleQueue[_Replica]) -> None:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+        if not self._is_shared:
+            self._thread.replica = free.get()
+
+
+class _Replica:
+    """The model on one device."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises OutOfMemory, and as `load_model` does."""
+        self.device = device
+        self._spec = spec
+        self._dtype = dtype
+        self.max_pictures = sys.maxsize
+        """At a time; fewer once more were found not to fit into memory."""
+        model = load_model(spec)
+        try:
+            self.model = model.to(device, dtype)
+            # Pixels are 0..255: scaling by 255 is folded into the normalisation.
+            self._shift = self._per_channel(spec.mean)
+            self._scale = 1 / self._per_channel(spec.std)
+            self._grey_shares = torch.tensor(GREY, device=device).view(1, 3, 1, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"{spec.name} does not fit into the memory of {device}: end what else uses it, "
+                "use --device cpu, or a smaller model"
+            ) from error
+
+    @torch.inference_mode()
+    def forward(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """`Backbone.embed_tensor` on this device."""
+        # Returns at once for pixels in page-locked memory: the GPU fetches them.
+        pixels_BHWC = pixels_BHWC.to(self.device, non_blocking=True)
+        pictures_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+        if len(self._spec.mean) == 1:
+            pictures_BCHW = (pictures_BCHW * self._grey_shares).sum(dim=1, keepdim=True)
+        pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
+        return descriptors(self.model, pictures_BCHW.to(self._dtype).contiguous(), self._spec.pooling)
+
+    def halve(self, num_pictures: int) -> None:
+        """Takes note that so many pictures do not fit into memory. Raises OutOfMemory where that is one."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if num_pictures <= 1:
+            size = self._spec.input_size
+            raise OutOfMemory(
+                f"one picture of {size}x{size} px does not fit into the memory of {self.device} under "
+                f"{self._spec.name}: end what else uses it, use --device cpu, or a smaller model"
+            )
+        self.max_pictures = min(self.max_pictures, num_pictures // 2)
+        logger.warning(
+            "%d pictures do not fit into the memory of %s; going on with %d at a time",
+            num_pictures, self.device, self.max_pictures,
+        )  # fmt: skip
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
+
+
+def usable_devices(device: Device) -> list[torch.device]:
+    """The devices behind the name: the processors, which count as one, or all visible GPUs. Raises ModelError."""
+    if choose_device(device).type == "cpu":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that the device, or this machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory"
+    return any(word in str(error) for word in words)
 
 
 def choose_device(device: Device) -> torch.device:
