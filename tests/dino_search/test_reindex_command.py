@@ -51,8 +51,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     for seed, label in enumerate(("hills", "lakes")):
         names = (f"{number:04}.jpg" for number in range(NUM_PICTURES // 2))
         write_pictures(base / "photos" / label, *names, seed=1000 * seed)
-    models = [save_tiny_model(base / f"{name}.safetensors", seed=seed) for seed, name in enumerate(("old", "new"))]
-    shelf = Shelf(base / "photos", *models, base / "old home", base / "new home")
+    old_model, new_model = (save_tiny_model(base / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
+    shelf = Shelf(base / "photos", old_model, new_model, base / "old home", base / "new home")
     commands = CommandLine(base / "output")
     for model, home in ((shelf.old_model, shelf.old_home), (shelf.new_model, shelf.new_home)):
         options = ("--labels", "folders", "--batch-size", 4, "--home", home)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bad_files import picture
 from dino_index import backbones
-from dino_index.backbones import Backbone
+from dino_index.backbones import Backbone, Device
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, embed_files
 from dino_index.errors import OutOfMemory
 from dino_index.image_files import list_images
@@ -33,8 +33,8 @@ def squares(number: int, side: int = 32) -> NDArray[np.uint8]:
     return np.stack([np.asarray(picture(side, side, seed=seed)) for seed in range(number)])
 
 
-def loaded(model: Path, **options: Any) -> Backbone:
-    return Backbone(resolve_model(model), **({"device": "cpu", "dtype": torch.float32} | options))
+def loaded(model: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    return Backbone(resolve_model(model), device=device, dtype=dtype)
 
 
 def assert_alike(ours: Vectors, expected: Vectors) -> None:
@@ -187,6 +187,39 @@ def assert_same_files(ours: list[EmbeddedFile], expected: list[EmbeddedFile]) ->
         assert_alike(vectors_of(one), vectors_of(other))
 
 
+# --- what is fast on a processor
+
+
+def attention_of(backbone: Backbone) -> list[bool]:
+    """Whether each attention layer is a fused one."""
+    model: Any = backbone._replicas[0].model
+    return [block.attn.fused_attn for block in model.blocks]
+
+
+@pytest.mark.parametrize(
+    ("input_size", "dtype", "fused"),
+    [(32, torch.bfloat16, False), (2048, torch.bfloat16, True), (32, torch.float32, True)],
+)
+def test_attention_is_plain_where_its_weights_stay_in_the_cache(
+    tmp_path: Path, input_size: int, dtype: torch.dtype, fused: bool
+) -> None:
+    model = save_tiny_model(tmp_path / "tiny.safetensors", input_size=input_size)
+    assert attention_of(loaded(model, dtype=dtype)) == [fused]
+
+
+def test_plain_and_fused_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = squares(4, 128)
+    plain = Backbone(resolve_model(), device="cpu", dtype=torch.bfloat16)
+    monkeypatch.setattr(backbones, "_choose_attention", lambda *_: None)
+    fused = Backbone(resolve_model(), device="cpu", dtype=torch.bfloat16)
+    assert set(attention_of(plain)) == {False}
+    assert set(attention_of(fused)) == {True}
+    for one, other in zip(plain.embed(pixels), fused.embed(pixels), strict=True):
+        wide = [vectors.astype(np.float32) for vectors in (one, other)]
+        cosines = (wide[0] * wide[1]).sum(1) / np.linalg.norm(wide[0], axis=1) / np.linalg.norm(wide[1], axis=1)
+        assert cosines.min() > 0.9995
+
+
 # --- several devices
 
 
@@ -218,10 +251,10 @@ def test_a_device_without_room_for_the_model_is_left_out_with_a_remark(
 ) -> None:
     move = torch.nn.Module.to
 
-    def move_or_fail(self: torch.nn.Module, device: torch.device, *arguments: Any) -> Any:
+    def move_or_fail(self: torch.nn.Module, device: torch.device, *arguments: Any, **options: Any) -> Any:
         if device == three_devices[1]:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return move(self, device, *arguments)
+        return move(self, device, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.Module, "to", move_or_fail)
     write_pictures(tmp_path / "photos", *(f"{number:02}.jpg" for number in range(24)))
@@ -236,7 +269,7 @@ def test_a_device_without_room_for_the_model_is_left_out_with_a_remark(
 def test_a_model_that_fits_nowhere_is_an_error_that_says_what_to_do(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)

@@ -25,6 +25,7 @@ from dino_index.integrity import compact_collection, verify_collection
 from dino_index.model_files import Pooling, resolve_model
 from dino_index.recording import remove_images
 from dino_index.reindexing import ReindexOptions, ReindexSummary, _Reindexing, reindex_collection
+from dino_index.snapshots import normalise
 from dino_index.vector_index import VectorIndex
 from sample_collections import (
     count_rows,
@@ -111,7 +112,7 @@ def ranking(home: Path, query_D: NDArray[np.float32], collection: str = "default
 
 def queries() -> NDArray[np.float32]:
     queries_QD = np.random.default_rng(5).normal(size=(4, 64)).astype(np.float32)
-    return queries_QD / np.linalg.norm(queries_QD, axis=1, keepdims=True)
+    return normalise(queries_QD)
 
 
 def same_as_fresh(home: Path, model: Path, photos: Path, fresh: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_reindexed_collection_equals_one_made_with_the_new_model(
 def test_a_model_of_another_length_takes_over(filled: Path, photos: Path, tmp_path: Path) -> None:
     compact(filled)  # a snapshot of vectors of the old length
     path = tmp_path / "wide.safetensors"
-    wide = {"depth": 1, "embed_dim": 192, "num_heads": 3, "img_size": 32}
+    wide: dict[str, Any] = {"depth": 1, "embed_dim": 192, "num_heads": 3, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **wide)
     description = {"architecture": "vit_tiny_patch16_224", "architecture_args": wide, "input_size": 32}
     save_file(model.state_dict(), path, metadata={"dino_search": json.dumps(description)})
@@ -324,7 +325,7 @@ def test_images_that_come_just_before_the_switch_are_not_lost(
 ) -> None:
     write_pictures(photos, "b/7.jpg", seed=70)
     switch = _Reindexing._switch
-    answers = []
+    answers: list[bool] = []
 
     def add_then_switch(self: _Reindexing) -> bool:
         if not answers:
