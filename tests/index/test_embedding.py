@@ -251,10 +251,10 @@ def test_a_device_without_room_for_the_model_is_left_out_with_a_remark(
 ) -> None:
     move = torch.nn.Module.to
 
-    def move_or_fail(self: torch.nn.Module, device: torch.device, *arguments: Any, **options: Any) -> Any:
-        if device == three_devices[1]:
+    def move_or_fail(self: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        if three_devices[1] in arguments:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return move(self, device, *arguments, **options)
+        return move(self, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.Module, "to", move_or_fail)
     write_pictures(tmp_path / "photos", *(f"{number:02}.jpg" for number in range(24)))
