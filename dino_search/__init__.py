@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from dino_index.errors import DinoSearchError
     from dino_index.indexing import IndexOptions, IndexSummary
     from dino_search.collection import Collection
+    from dino_search.models import Models
 
-__all__ = ["Collection", "DinoSearchError", "EmbeddingSettings", "IndexOptions", "IndexSummary"]
+__all__ = ["Collection", "DinoSearchError", "EmbeddingSettings", "IndexOptions", "IndexSummary", "Models"]
 
 _MODULES = {
     "Collection": "dino_search.collection",
@@ -19,6 +20,7 @@ _MODULES = {
     "EmbeddingSettings": "dino_index.embedding",
     "IndexOptions": "dino_index.indexing",
     "IndexSummary": "dino_index.indexing",
+    "Models": "dino_search.models",
 }
 
 

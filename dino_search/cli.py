@@ -10,16 +10,31 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from dino_index.errors import DinoSearchError
-from dino_search.commands import demo, housekeeping, indexing, pretraining, searching
+from dino_search.commands import (
+    bench,
+    catalog,
+    demo,
+    doctor,
+    exchange,
+    housekeeping,
+    indexing,
+    models,
+    pretraining,
+    reindexing,
+    relocating,
+    searching,
+)
 from dino_search.commands.output import complain
+from dino_search.home import DATABASE_VARIABLE, database_given
 
-# The hub's client, which comes with timm, must neither report usage nor look anything up by itself.
+# The hub's client, which comes with timm, must neither report usage nor look anything up by itself. `models get` runs
+# it in a process of its own.
 _QUIET_HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -45,7 +60,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for register in (indexing, searching, pretraining, housekeeping, demo):
+
+
+@app.callback()
+def _global_options(
+    context: typer.Context,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=DATABASE_VARIABLE,
+            help="PostgreSQL database that holds the catalog, postgresql://USER:PASSWORD@HOST/NAME.",
+            show_default="an SQLite file in the home folder",
+        ),
+    ] = None,
+) -> None:
+    if database:
+        context.with_resource(database_given(database))
+
+
+for register in (
+    indexing,
+    searching,
+    pretraining,
+    models,
+    reindexing,
+    relocating,
+    exchange,
+    housekeeping,
+    catalog,
+    bench,
+    doctor,
+    demo,
+):
     register.add_commands(app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -11,14 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, ImageRow, SnapshotRow, SourceRow, bound_parts
+from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
-from dino_index.errors import CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.errors import CatalogError, CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.image_paths import absolute_path, is_below
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
-from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
-from dino_index.recording import is_below, remove_images
-from dino_search.home import default_home
+from dino_index.model_files import ModelSpec, Pooling, resolve_model
+from dino_index.model_store import models_folder, resolve_default
+from dino_index.recording import remove_images
+from dino_search.home import default_database, default_home
+from dino_search.models import Models
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
 
 if TYPE_CHECKING:
@@ -27,7 +31,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dino_index.backbones import Backbone, Device
+    from dino_index.exports import ExportFormat, ExportSummary
+    from dino_index.imports import ImportSummary
     from dino_index.integrity import IntegrityReport
+    from dino_index.purging import PurgeReport
+    from dino_index.reindexing import ReindexOptions, ReindexSummary
+    from dino_index.relocation import Relocation
     from dino_index.vector_index import VectorIndex
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -38,11 +47,20 @@ StrPath = str | os.PathLike[str]
 class Collection:
     """One named collection of a home folder. Not for several threads at once."""
 
-    def __init__(self, home: Path, name: str, model: ModelSpec | None = None, *, device: Device = "auto") -> None:
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        model: ModelSpec | None = None,
+        *,
+        device: Device = "auto",
+        database: str | None = None,
+    ) -> None:
         self.home = home
         self.name = name
         self._model = model
         self._device = device
+        self._database = database
         self._catalog: Catalog | None = None
         self._backbone: Backbone | None = None
         self._vectors: VectorIndex | None = None
@@ -55,18 +73,31 @@ class Collection:
         home: StrPath | None = None,
         model: str | Path | None = None,
         pooling: Pooling | None = None,
+        input_size: int | None = None,
         device: Device = "auto",
+        database: str | None = None,
+        on_remark: Callable[[str], None] = lambda remark: None,
     ) -> Collection:
         """The collection of this name; it comes into being when something is indexed into it.
 
         home: None for `DINO_SEARCH_HOME` or the platform's place for user data.
-        model: `bundled` or a safetensors file; None for the collection's own, `bundled` for a new one.
+        model: `bundled`, the name of a fetched model, a safetensors file or a PyTorch checkpoint, which is converted
+            into the home; None for the collection's own, the home's default for a new one.
         pooling: of the GeM vectors; None for the collection's own, `normalised` for a new one.
+        input_size: side in pixels of the square that pictures are resized to; None for the model's own.
+        database: URL of a PostgreSQL database that holds the catalog, `postgresql://user:password@host/database`;
+        None for `DINO_SEARCH_DATABASE` or an SQLite file in the home.
+        on_remark: told what was chosen or left out in a checkpoint.
         Raises ModelError.
         """
-        asked = model is not None or pooling is not None
-        spec = resolve_model(model or BUNDLED, pooling=pooling or "normalised") if asked else None
-        return cls(Path(home) if home is not None else default_home(), name, spec, device=device)
+        place, url = Path(home) if home is not None else default_home(), database or default_database()
+        options: dict[str, Any] = {"pooling": pooling or "normalised", "input_size": input_size}
+        spec = None
+        if model is not None:
+            spec = resolve_model(model, models=models_folder(place), on_remark=on_remark, **options)
+        elif pooling is not None or input_size is not None:
+            spec = resolve_default(Models(place, url).default(), place, **options)
+        return cls(place, name, spec, device=device, database=url)
 
     def __enter__(self) -> Collection:
         return self
@@ -97,34 +128,78 @@ class Collection:
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=True)
+            self._catalog = Catalog.open(self.home, create=True, url=self._database)
         assert self._catalog is not None
         return index_paths(
             self._catalog,
             self.name,
             paths,
             self._model,
-            lambda: resolve_model(BUNDLED),
+            lambda: resolve_default(Models(self.home).default(), self.home),
             options or IndexOptions(),
             device=self._device,
             on_progress=on_progress,
             should_stop=should_stop,
         )
 
-    def search(self, image: Picture, *, k: int = 10, min_score: float | None = None) -> SearchResults:
+    def reindex(
+        self,
+        model: str | Path,
+        options: ReindexOptions | None = None,
+        *,
+        pooling: Pooling | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_remark: Callable[[str], None] = lambda remark: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ReindexSummary:
+        """Gives the collection another model; ids, labels and metadata stay, and searches work meanwhile.
+
+        pooling: of the GeM vectors; None for what the collection has.
+        Raises CollectionNotFound, ReindexRefused, ModelError, CatalogError.
+        """
+        from dino_index.reindexing import ReindexOptions, reindex_collection
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+        return reindex_collection(
+            catalog,
+            collection,
+            resolve_model(
+                model,
+                models=models_folder(self.home),
+                pooling=pooling or collection.model_config["pooling"],
+                on_remark=on_remark,
+            ),
+            options or ReindexOptions(),
+            device=self._device,
+            on_progress=on_progress,
+            should_stop=should_stop,
+        )
+
+    def search(
+        self, image: Picture, *, k: int = 10, min_score: float | None = None, filters: Sequence[str] = ()
+    ) -> SearchResults:
         """The k images most like a picture: a path, an image file's bytes or a Pillow image.
 
-        min_score: leave out results with a lower cosine.
-        Raises CollectionNotFound, CollectionEmpty, ImageError, ModelError, CatalogError; ValueError for k < 1.
+        min_score: leave out results with a lower cosine. filters: conditions such as `year >= 1990` that all results
+        fulfil; see `dino_index.filters`.
+        Raises CollectionNotFound, CollectionEmpty, FilterError, ImageError, ModelError, CatalogError; ValueError for
+        k < 1.
         """
-        return self._search([image], k, labelled=False, min_score=min_score)[0]
+        return self._search([image], k, labelled=False, min_score=min_score, filters=filters)[0]
 
     def classify(
-        self, images: Picture | Sequence[Picture], *, k: int = 20, temperature: float = 0.07
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        k: int = 20,
+        temperature: float = 0.07,
+        filters: Sequence[str] = (),
     ) -> Classifications:
         """The label of each picture by weighted vote of its k nearest labelled images.
 
-        Raises NoLabels, and as `search` does.
+        filters: conditions that the voters fulfil, as for `search`. Raises NoLabels, and as `search` does.
         """
         from dino_index.knn import vote
 
@@ -132,7 +207,7 @@ class Collection:
         pictures = cast("Sequence[Picture]", pictures if isinstance(pictures, Sequence) else [pictures])
         results = []
         model = self.model_name()
-        for found in self._search(pictures, k, labelled=True) if pictures else []:
+        for found in self._search(pictures, k, labelled=True, filters=filters) if pictures else []:
             labels = [result.label or "" for result in found.results]
             ranked = vote([result.score for result in found.results], labels, temperature)
             results.append(
@@ -170,10 +245,13 @@ class Collection:
                 "input_size": collection.model_config["input_size"],
                 "pooling": collection.model_config["pooling"],
                 "index_type": snapshot.index_type if snapshot else "flat",
+                "index_reason": snapshot.reason if snapshot else "few enough to compare all without an index file",
+                "index_type_asked": session.get_one(CollectionRow, collection.id).index_type,
                 "images_in_snapshot": snapshot.num_vectors if snapshot else 0,
                 "labels": sum(label is not None for label in labels),
                 "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),
                 "home": encode_path(str(self.home)),
+                "database": encode_path(catalog.store.place),
             }
 
     def failures(self) -> list[dict[str, str]]:
@@ -201,8 +279,14 @@ class Collection:
             collection = find_collection(session, self.name)
 
         def reindex(paths: Sequence[str]) -> None:
-            if paths:
+            if not paths:
+                return
+            try:
                 self.index(list(paths))
+            except SourceNotFound:  # one out of reach, such as a URL, must not keep the others from being repaired
+                for path in paths:
+                    with suppress(SourceNotFound):
+                        self.index(path)
 
         return verify_collection(catalog, collection, reindex=reindex if repair else None)
 
@@ -223,39 +307,100 @@ class Collection:
         catalog = self._existing_catalog()
         with catalog.writing() as session:
             collection = find_collection(session, self.name)
-            known = self._paths_by_id(session, collection)
-            chosen: set[int] = set()
-            for target in targets:
-                if isinstance(target, int):
-                    matching = {target} & known.keys()
-                else:
-                    folder = os.path.abspath(os.fspath(target))
-                    matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
-                if not matching:
-                    raise SourceNotFound(
-                        f"expected an image id, file or folder of collection {self.name!r}, found no image for "
-                        f"{target!s}; nothing was removed"
-                    )
-                chosen |= matching
-            remove_images(session, collection, sorted(chosen))
+            chosen = self._ids_of(session, collection, targets)
+            remove_images(session, collection, chosen)
         return len(chosen)
 
+    def purge(self, targets: Iterable[StrPath | int] = ()) -> PurgeReport:
+        """Drops images as `remove` does, with everything of them in the home: vectors, index files, freed pages.
+
+        targets: none to finish a purge that was stopped, and to clear what earlier removals left behind.
+        Raises SourceNotFound as `remove` does; CatalogErrors.
+        """
+        from dino_index.purging import purge_images
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            chosen = self._ids_of(session, collection, targets)
+        self._vectors = None
+        return purge_images(catalog, collection, chosen)
+
+    def record_report(self, path: StrPath, kind: str) -> bool:
+        """Remembers a file that shows images of this collection, for `purge`; False where the home is read-only."""
+        from dino_index.purging import record_report
+
+        try:
+            record_report(self._existing_catalog(), self.name, os.fspath(path), kind)
+        except CatalogError:
+            return False
+        return True
+
+    def export(self, folder: StrPath, *, form: ExportFormat = "all", force: bool = False) -> ExportSummary:
+        """Writes the collection into a new folder; `dino_index.exports.export_collection` says how.
+
+        Raises OutputExists, OutputUnwritable, CollectionNotFound, CatalogErrors.
+        """
+        from dino_index.exports import export_collection
+        from dino_index.purging import EXPORT_KIND
+
+        written = export_collection(self._existing_catalog(), self.name, Path(folder), form=form, force=force)
+        self.record_report(folder, EXPORT_KIND)
+        return written
+
+    def import_from(
+        self, folder: StrPath, *, on_part: Callable[[int, int], None] = lambda done, total: None
+    ) -> ImportSummary:
+        """Adds the images of a folder that `export` wrote; the collection is made when it is not there.
+
+        The model that this collection was opened with, if any, says where the weights are on this machine.
+        Raises as `dino_index.imports.import_collection` does.
+        """
+        from dino_index.exchange import read_description
+        from dino_index.imports import import_collection
+
+        read_description(Path(folder))  # a wrong folder must not bring a home into being
+        if self._catalog is None:
+            self._catalog = Catalog.open(self.home, create=True)
+        assert self._catalog is not None
+        return import_collection(self._catalog, self.name, Path(folder), self._model, on_part=on_part)
+
+    def relocate(self, old: str, new: StrPath, *, everywhere: bool = False, unchecked: bool = False) -> Relocation:
+        """Rewrites the paths of images below a folder that was moved; nothing is read or embedded again.
+
+        everywhere: in all collections of the home. Raises as `dino_index.relocation.relocate` does.
+        """
+        from dino_index.relocation import relocate
+
+        name = None if everywhere else self.name
+        return relocate(self._existing_catalog(), old, new, collection=name, unchecked=unchecked)
+
     def _search(
-        self, images: Sequence[Picture], k: int, *, labelled: bool, min_score: float | None = None
+        self,
+        images: Sequence[Picture],
+        k: int,
+        *,
+        labelled: bool,
+        min_score: float | None = None,
+        filters: Sequence[str] = (),
     ) -> list[SearchResults]:
         """Neighbours of each picture, all from one state of the collection."""
         import numpy as np
 
+        from dino_index.filters import matching_ids, parse_filter
         from dino_index.vector_index import VectorIndex
 
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}")
+        parsed = [parse_filter(text) for text in filters]
         catalog = self._existing_catalog()
         with catalog.reading() as session:
             collection = find_collection(session, self.name)
         queries_QD = np.concatenate([self._embed_query(catalog, collection, image) for image in images])
         with catalog.reading() as session:
-            collection = find_collection(session, self.name)
+            embedded_for, collection = collection, find_collection(session, self.name)
+            if collection.model_id != embedded_for.model_id:  # by a reindex that has just switched
+                return self._search(images, k, labelled=labelled, min_score=min_score)
             if self._vectors is None or not self._vectors.is_current(session, collection):
                 self._vectors = VectorIndex.load(catalog, session, collection)
             if not len(self._vectors):
@@ -263,6 +408,11 @@ class Collection:
                     f"collection {self.name!r} has no readable image; run: dino-search index FOLDER-WITH-PICTURES"
                 )
             allowed = _labelled_ids(session, collection) if labelled else None
+            if parsed:
+                passing = matching_ids(session, collection, parsed)
+                allowed = passing if allowed is None else np.intersect1d(allowed, passing, assume_unique=True)
+                if labelled and not len(allowed):
+                    raise NoLabels(f"no labelled image of collection {collection.name!r} passes the filter")
             return [
                 SearchResults(
                     query=_name_of(image),
@@ -301,17 +451,35 @@ class Collection:
         from dino_index.backbones import Backbone
 
         if self._backbone is None or self._backbone.spec.fingerprint != collection.fingerprint:
-            self._backbone = Backbone(model_of(collection), device=self._device)
+            self._backbone = Backbone(model_of(collection, models_folder(self.home)), device=self._device)
         return self._backbone
 
     def _existing_catalog(self) -> Catalog:
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home)
+            self._catalog = Catalog.open(self.home, url=self._database)
         if self._catalog is None:
             raise CollectionNotFound(
                 f"nothing has been indexed yet under {self.home}; run: dino-search index FOLDER-WITH-PICTURES"
             )
         return self._catalog
+
+    def _ids_of(self, session: Session, collection: CollectionInfo, targets: Iterable[StrPath | int]) -> list[int]:
+        """Ids of the images that are meant. Raises SourceNotFound."""
+        known = self._paths_by_id(session, collection)
+        chosen: set[int] = set()
+        for target in targets:
+            if isinstance(target, int):
+                matching = {target} & known.keys()
+            else:
+                folder = absolute_path(target)
+                matching = {image_id for image_id, path in known.items() if is_below(path, folder)}
+            if not matching:
+                raise SourceNotFound(
+                    f"expected an image id, file or folder of collection {self.name!r}, found no image for "
+                    f"{target!s}; nothing was removed"
+                )
+            chosen |= matching
+        return sorted(chosen)
 
     def _paths_by_id(self, session: Session, collection: CollectionInfo) -> Mapping[int, str]:
         sources = source_paths(session, collection)
@@ -360,4 +528,4 @@ def _portable(source: str, name: str) -> str:
 
 
 def _name_of(image: Any) -> str:
-    return encode_path(os.path.abspath(image)) if isinstance(image, str | os.PathLike) else "picture"
+    return encode_path(absolute_path(image)) if isinstance(image, str | os.PathLike) else "picture"

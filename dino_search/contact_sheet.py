@@ -18,6 +18,9 @@ from dino_index.errors import ImageError, OutputUnwritable
 from dino_index.images import load_image
 from dino_search.results import SearchResults
 
+KIND = "contact sheet"
+"""What the catalog calls such a file."""
+
 _THUMBNAIL_SIDE = 240
 
 

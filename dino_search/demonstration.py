@@ -15,7 +15,7 @@ from dino_index.errors import OutputUnwritable
 from dino_index.images import load_image
 from dino_index.indexing import IndexOptions, IndexSummary
 from dino_search.collection import Collection
-from dino_search.contact_sheet import write_contact_sheet
+from dino_search.contact_sheet import KIND, write_contact_sheet
 
 # Photographs that come with scikit-image, by file name without ending.
 PHOTOGRAPHS = (
@@ -73,6 +73,7 @@ def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
         f"Each row: an edited copy, and the images nearest to it. The nearest is of the same photograph for "
         f"{num_found} of {len(searches)} queries.",
     )
+    collection.record_report(sheet, KIND)
     return Demonstration(
         summary=summary,
         num_queries=len(searches),

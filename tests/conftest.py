@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,16 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import databases
+from postgres_server import URL_VARIABLE, Catalogs, Server, find_server_binaries
 from sample_collections import save_tiny_model
 
 # Read when huggingface_hub is imported, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts background jobs with Ctrl-C ignored, and so would be the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
@@ -35,11 +42,53 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _catalogs_closed() -> Iterator[None]:
+    """Catalogs that the test opened are closed at its end, before their database goes."""
+    yield
+    while databases.opened:
+        databases.opened.pop().close()
+
+
+@pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home folder for the test, which DINO_SEARCH_HOME names; commands that it starts inherit it."""
     folder = tmp_path / "home"
     monkeypatch.setenv("DINO_SEARCH_HOME", str(folder))
+    monkeypatch.delenv("DINO_SEARCH_DATABASE", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Server]:
+    """A PostgreSQL server of these tests' own, to be restarted; it runs at the begin and at the end of a test."""
+    server = Server(find_server_binaries())
+    yield server
+    server.delete()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """A PostgreSQL database with the right to make schemas: the given one, else of the tests' own server."""
+    given = os.environ.get(URL_VARIABLE)
+    return given or str(request.getfixturevalue("postgres_server").url)
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[Catalogs]:
+    """Catalogs on PostgreSQL, an empty one for each home that is asked for."""
+    catalogs = Catalogs(postgres_url)
+    yield catalogs
+    catalogs.drop()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: with its catalogs in SQLite, and in PostgreSQL. A module asks for it by `usefixtures`."""
+    if request.param == "postgresql":
+        catalogs: Catalogs = request.getfixturevalue("postgres")
+        monkeypatch.setattr(databases, "url_of", catalogs.url_of)
+        monkeypatch.setenv("DINO_SEARCH_DATABASE", catalogs.url_of(home))
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -129,10 +129,10 @@ def hang_in_forward_pass(number: int) -> None:
 def spoil_files_after_listing(folder: Path) -> None:
     """What is called "now …" in the folder becomes that between listing and reading."""
     indexing: Any = importlib.import_module("dino_index.indexing")
-    list_images = indexing.list_images
+    list_sources = indexing.list_sources
 
     def list_then_spoil(*arguments: Any, **options: Any) -> Any:
-        listing = list_images(*arguments, **options)
+        listing = list_sources(*arguments, **options)
         for path in sorted(folder.glob("now *")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             kind = path.name.split(" ", 1)[1].split(".")[0]
@@ -146,7 +146,7 @@ def spoil_files_after_listing(folder: Path) -> None:
                 path.symlink_to("nowhere")
         return listing
 
-    indexing.list_images = list_then_spoil
+    indexing.list_sources = list_then_spoil
 
 
 def obey_file_permissions() -> None:

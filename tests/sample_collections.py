@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.numpy import save_file
 from sqlalchemy import func, select
 
 from bad_files import encoded, picture
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
+from databases import created_catalog, open_catalog
+from dino_index.catalog import CollectionRow, EmbeddingRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
-from dino_index.collections import find_collection
+from dino_index.collections import find_collection, join_path
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import resolve_model
 from dino_index.vector_index import VectorIndex
@@ -40,6 +42,16 @@ def write_pictures(folder: Path, *names: str, seed: int = 0) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(seed + number))
     return paths
+
+
+def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
+    """An uncompressed tar archive of the members, in their order."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 def save_tiny_model(path: Path, *, seed: int = 0, **changed: Any) -> Path:
@@ -71,8 +83,7 @@ def index_files(
     **options: Any,
 ) -> IndexSummary:
     """One run of `index_paths`, options as `IndexOptions` has them."""
-    catalog = Catalog.open(home, create=True)
-    assert catalog is not None
+    catalog = created_catalog(home)
     spec = resolve_model(model)
     try:
         return index_paths(
@@ -99,7 +110,9 @@ def images_of(home: Path, collection: str = "default") -> dict[str, dict[str, An
     """Everything that the catalog has about each file, by absolute path; vectors included, ids and times left out."""
     images = {}
     for path, row, vectors in _rows(home, collection):
-        columns = {name: getattr(row, name) for name in "status error_code label sha256 size width height".split()}
+        columns = {
+            name: getattr(row, name) for name in "status error_code label facts sha256 size width height".split()
+        }
         images[path] = columns | vectors
     return images
 
@@ -117,12 +130,6 @@ def count_rows(home: Path, table: type[Any]) -> int:
     return num_rows
 
 
-def open_catalog(home: Path) -> Catalog:
-    catalog = Catalog.open(home)
-    assert catalog is not None
-    return catalog
-
-
 def _rows(home: Path, collection: str) -> list[tuple[str, ImageRow, dict[str, bytes]]]:
     catalog = open_catalog(home)
     with catalog.reading() as session:
@@ -137,6 +144,6 @@ def _rows(home: Path, collection: str) -> list[tuple[str, ImageRow, dict[str, by
             vectors.setdefault(row.sha256, {})[row.kind] = row.vector
         session.expunge_all()
     catalog.close()
-    paths = [os.path.join(decode_path(source), decode_path(row.path)) for source, row in found]
+    paths = [join_path(decode_path(source), row.path) for source, row in found]
     assert len(set(paths)) == len(paths), "a file is in the catalog twice"
     return [(path, row, vectors.get(row.sha256 or b"", {})) for path, (_, row) in zip(paths, found, strict=True)]

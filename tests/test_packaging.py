@@ -21,7 +21,7 @@ from PIL import Image
 from dino_index.edits import apply_edits
 
 CHECKOUT = Path(__file__).parents[1]
-DEV_TOOLS = ("build", "hypothesis", "hatchling", "importlinter", "mypy", "psutil", "pytest", "ruff")
+DEV_TOOLS = ("build", "hypothesis", "hatchling", "importlinter", "mypy", "pytest", "ruff")
 
 
 @pytest.fixture(scope="session")

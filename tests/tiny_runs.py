@@ -28,6 +28,7 @@ TINY_RUN: dict[str, Any] = {
     "num_prototypes": 16, "head_hidden": 16, "head_bottleneck": 8,
     "batch_size": 8, "epochs": 2, "warmup_epochs": 0.0, "freeze_last_layer_epochs": 0.0, "learning_rate": 0.01,
     "num_evaluated": 8, "evaluate_every_epochs": 0.0, "log_every_steps": 1, "device": "cpu", "workers": 1,
+    "precision": "float32",  # what follows must not hang on what this processor is fast at
 }  # fmt: skip
 """Recipe values; with the pictures of `write_noise` an epoch has STEPS_PER_EPOCH steps."""
 

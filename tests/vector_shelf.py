@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 
-from dino_index.catalog import Catalog, ImageRow
+from databases import created_catalog
+from dino_index.catalog import CollectionRow, ImageRow
 from dino_index.collections import CollectionInfo, create_collection, find_collection
 from dino_index.embedding import EmbeddedFile, FileFacts
 from dino_index.image_files import ListedFile
@@ -29,9 +30,9 @@ class _NoModel(ModelSpec):
 class VectorShelf:
     """Vectors by file name: added, replaced, removed, compacted, searched."""
 
-    def __init__(self, home: Path, dim: int) -> None:
+    def __init__(self, home: Path, dim: int, index_type: str = "auto") -> None:
         self.home = home
-        self.catalog = _opened(home)
+        self.catalog = created_catalog(home)
         self.vectors: dict[int, NDArray[np.float16]] = {}
         """What can be found, by image id."""
         self.files = home.parent / "files"  # they need to exist, or new ones would count as moved ones
@@ -40,6 +41,7 @@ class VectorShelf:
         with self.catalog.writing() as session:
             self.collection: CollectionInfo = create_collection(session, "default", spec, dim)
             Sources.covering(session, self.collection, [str(self.files)])
+            session.get_one(CollectionRow, self.collection.id).index_type = index_type
 
     def put(self, **vectors: NDArray[Any]) -> dict[str, int]:
         """Adds or replaces a vector under each name, in one transaction; image ids by name."""
@@ -64,8 +66,12 @@ class VectorShelf:
         for image_id in image_ids:
             del self.vectors[image_id]
 
-    def compact(self) -> None:
-        write_snapshot(self.catalog, self.collection)
+    def compact(self, *, append: bool = False) -> None:
+        write_snapshot(self.catalog, self.collection, append=append)
+
+    def asked_type(self) -> str:
+        with self.catalog.reading() as session:
+            return session.get_one(CollectionRow, self.collection.id).index_type
 
     def snapshots(self) -> list[Path]:
         return sorted((self.home / "snapshots").rglob("*.faiss"), key=lambda path: int(path.name.split("-")[1]))
@@ -93,10 +99,3 @@ class VectorShelf:
 
 def unit(vector_D: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(vector_D / np.linalg.norm(vector_D), np.float32)
-
-
-def _opened(home: Path) -> Catalog:
-    os.makedirs(home, exist_ok=True)
-    catalog = Catalog.open(home, create=True)
-    assert catalog is not None
-    return catalog

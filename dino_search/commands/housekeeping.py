@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from dino_search.commands.output import (
     print_line,
     tell,
 )
+
+if TYPE_CHECKING:
+    from dino_index.purging import PurgeReport
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -81,16 +84,58 @@ def compact(collection: CollectionOption = "default", home: HomeOption = None) -
 
 
 def remove(
-    targets: Annotated[list[str], typer.Argument(metavar="PATH|ID...", help="Image files, folders or image ids.")],
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH|ID...", help="Image files, folders or image ids.")
+    ] = None,
     collection: CollectionOption = "default",
     home: HomeOption = None,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Remove every trace from the home as well: vectors, index files, freed pages. "
+            "Without PATH: what earlier removals left behind.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Drop images from the collection; the files stay where they are."""
     from dino_search.collection import Collection
 
+    if not targets and not purge:
+        raise typer.BadParameter("expected at least one image file, folder or id", param_hint="PATH|ID...")
+    chosen = [int(target) if target.isascii() and target.isdigit() else target for target in targets or ()]
     with Collection.open(collection, home=home) as opened:
-        num_removed = opened.remove(
-            int(target) if target.isascii() and target.isdigit() else target for target in targets
-        )
-    print_line(f"{num_removed} images removed from '{collection}'")
+        if purge:
+            _report_purge(collection, opened.purge(chosen), as_json)
+            return
+        num_removed = opened.remove(chosen)
+    if as_json:
+        print_json({"collection": collection, "images": num_removed})
+    else:
+        print_line(f"{num_removed} images removed from '{collection}'")
     tell("the next index of their folder adds them again, unless --exclude leaves them out")
+
+
+def _report_purge(collection: str, report: PurgeReport, as_json: bool) -> None:
+    """Prints what was purged and what may still show it; exit 1 where something could not be done."""
+    if as_json:
+        print_json({"collection": collection} | report.to_json())
+    else:
+        print_line(f"{report.images} images purged from '{collection}', with {report.vectors} vectors")
+        for kind, found in (
+            ("shared", report.shared),
+            ("report", report.reports),
+            ("backup", report.backups),
+            ("problem", report.problems),
+        ):
+            for line in found:
+                print_line(kind, line)
+    if report.shared:
+        tell("shared: these images have the same bytes; purge them too, or their vectors stay")
+    if report.reports or report.backups:
+        tell("reports name purged images, backups may hold them: neither is changed, delete what is not needed")
+    if report.images:
+        tell("the files stay where they are; the next index of their folder adds them again")
+    if report.problems:
+        raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dino_index.model_files import BUNDLED_VERSION
+from dino_index.model_files import BUNDLED_VERSION, RECOMMENDED
 from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, complain, print_json, print_line, tell
 from dino_search.commands.signals import stopping_on_signals
 
@@ -24,7 +24,13 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def index(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders or image files.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Folders, images, manifests (.txt, .csv, .jsonl, .parquet), tar shards, or URLs of these.",
+        ),
+    ],
     collection: CollectionOption = "default",
     home: HomeOption = None,
     exclude: Annotated[
@@ -38,11 +44,27 @@ def index(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="'bundled' or a safetensors file.", show_default="the collection's"),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="'bundled', a fetched model, a safetensors file or a PyTorch checkpoint.",
+            show_default="the collection's",
+        ),
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of the square the model sees.", show_default="the model's"),
     ] = None,
     pooling: Annotated[
         str | None,
         typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's"),
+    ] = None,
+    index_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|flat|hnsw|ivf|ivfpq|FACTORY",
+            help="How vectors are indexed; FACTORY: a FAISS factory string.",
+            show_default="the collection's",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
     batch_size: Annotated[
@@ -58,8 +80,8 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Add new and changed images, skip unchanged ones."""
-    _require_choice("--device", device, ("auto", "cpu", "cuda"))
-    _require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
+    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
     from dino_index.embedding import EmbeddingSettings
     from dino_index.image_bytes import ReadLimits
     from dino_index.indexing import IndexOptions
@@ -72,6 +94,7 @@ def index(
             prune=prune,
             prune_any=yes,
             labels=labels,
+            index_type=index_type,
             embedding=EmbeddingSettings(
                 batch_size=batch_size,
                 workers=workers,
@@ -80,8 +103,16 @@ def index(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    opened = Collection.open(collection, home=home, model=model, pooling=pooling, device=device)  # type: ignore[arg-type]
-    with opened, stopping_on_signals("this batch") as signals, _progress_bar() as show:
+    opened = Collection.open(
+        collection,
+        home=home,
+        model=model,
+        pooling=pooling,  # type: ignore[arg-type]
+        input_size=input_size,
+        device=device,  # type: ignore[arg-type]
+        on_remark=tell,
+    )
+    with opened, stopping_on_signals("this batch") as signals, progress_bar("indexing") as show:
         summary = opened.index(paths, options, on_progress=show, should_stop=lambda: bool(signals))
     if as_json:
         print_json(summary.to_json())
@@ -95,7 +126,8 @@ def index(
         raise typer.Exit(1)
 
 
-def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises BadParameter, which is wrong usage."""
     if value not in choices:
         raise typer.BadParameter(f"expected one of {', '.join(choices)}, found {value!r}", param_hint=option)
 
@@ -109,7 +141,10 @@ def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
     if summary.added or summary.updated:
         tell(f"{summary.images_per_second} images/s")
     if model == BUNDLED_VERSION:
-        tell(f"{model} is small and ships with dino-search; use a larger backbone of yours with --model FILE -c NAME")
+        tell(
+            f"{model} is small and ships with dino-search; a better one, for new collections: "
+            f"dino-search models get {RECOMMENDED} --default"
+        )
     if summary.moved:
         tell(f"{summary.moved} of the updated ones were found again under another path")
     if summary.failed:
@@ -117,6 +152,10 @@ def _print_summary(summary: IndexSummary, collection: str, model: str) -> None:
     _tell_counts("ignored, as they are no images", summary.ignored_by_type)
     _tell_counts("folders skipped", summary.skipped_folders)
     _tell_counts("files skipped", summary.skipped_files)
+    if "tar shard" in summary.ignored_by_type:
+        tell("tar shards in folders are left alone; to index what is in them, name them: dino-search index PATH/*.tar")
+    if summary.repeated:
+        tell(f"{summary.repeated} rows of manifests name a file again; the first one counts")
     if summary.unmatched_labels:
         tell(f"{summary.unmatched_labels} rows of the label file name no image that was found")
 
@@ -133,7 +172,7 @@ def _tell_counts(what: str, counts: Mapping[str, int]) -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[Progress], None]]:
     """A bar with images/s and time left on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda progress: None
@@ -143,7 +182,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("indexing"), BarColumn(), MofNCompleteColumn(),
+        TextColumn(what), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} images/s"), TimeRemainingColumn(), TextColumn("{task.fields[failed]}"),
     )  # fmt: skip
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dino_index.model_files import BUNDLED
-from dino_search.commands.output import print_line, tell
+from dino_search.commands.output import HomeOption, print_line, tell
 from dino_search.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_commands(app: typer.Typer) -> None:
 def pretrain(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES...", help="Folders, image files, manifests (.txt .csv .jsonl), .tar shards."),
+        typer.Argument(metavar="IMAGES...", help="Folders, images, manifests, tar shards, or URLs of these."),
     ],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for weights, checkpoints, metrics and report.")],
     recipe: Annotated[
@@ -48,7 +48,10 @@ def pretrain(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting over the recipe's; repeatable.")
     ] = None,
     init: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help=f"Weights to start from: '{BUNDLED}' or a safetensors file.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help=f"Weights to start from: '{BUNDLED}', a fetched model, or a weights file."
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -62,11 +65,12 @@ def pretrain(
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where training runs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
     collection: Annotated[str, typer.Option("--collection", "-c", hidden=True)] = "default",
-    home: Annotated[Path | None, typer.Option("--home", hidden=True)] = None,
+    home: HomeOption = None,
 ) -> None:
     """Train a backbone on your own images, without labels (DINO)."""
     from dino_training import pretrain as run_pretraining
 
+    init, teacher = (name and _file_of(name, home) for name in (init, teacher))
     chosen = _load(recipe, out, resume, teacher, settings or [], {"labels": labels, "device": device})
     with stopping_on_signals("this step and a checkpoint") as signals, _progress() as show:
         summary = run_pretraining(
@@ -81,6 +85,15 @@ def pretrain(
             tell("stopped; the same command with --resume goes on from there")
         # Where torchrun has started several processes, the signal may have gone to another one.
         raise typer.Exit(128 + (signals[0] if signals else signal.SIGTERM))
+
+
+def _file_of(name: str, home: Path | None) -> str:
+    """The weights file of a model that was fetched into the home; all other names as they are."""
+    from dino_index.model_files import stored_path
+    from dino_search.home import default_home
+
+    path = stored_path(name, (home or default_home()) / "models")
+    return name if path is None or os.path.exists(name) else str(path)
 
 
 def _load(

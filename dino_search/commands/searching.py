@@ -20,6 +20,16 @@ from dino_search.commands.output import (
     tell,
 )
 
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="'FIELD OP VALUE'",
+        help="Keep to images whose column (label, path, width, added_at ...) or metadata is =, !=, <, <=, > or >= a "
+        "value; repeatable, all must hold.",
+    ),
+]
+
 if TYPE_CHECKING:
     from dino_search.results import SearchResult
 
@@ -35,6 +45,7 @@ def search(
     home: HomeOption = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many images to show.")] = 10,
     min_score: Annotated[float | None, typer.Option(help="Leave out lower scores (cosine, up to 1).")] = None,
+    filters: FilterOption = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -45,15 +56,19 @@ def search(
     from dino_search.collection import Collection
 
     with Collection.open(collection, home=home) as opened:
-        found = opened.search(image, k=k, min_score=min_score)
-    if html is not None:
-        from dino_search.contact_sheet import write_contact_sheet
+        found = opened.search(image, k=k, min_score=min_score, filters=filters or ())
+        if html is not None:
+            from dino_search.contact_sheet import KIND, write_contact_sheet
 
-        write_contact_sheet(html, f"Search in {collection}", [found])
-        tell(f"wrote {html}")
+            write_contact_sheet(html, f"Search in {collection}", [found])
+            tell(f"wrote {html}")
+            if not opened.record_report(html, KIND):
+                tell(f"the home cannot be written, so that remove --purge will not know of {html}")
     if as_json:
         print_json(found.to_json())
     else:
+        if not found.results:
+            tell("no image passes the filters" if filters and min_score is None else "nothing reaches the asked score")
         _print_results(found.results)
 
 
@@ -63,13 +78,14 @@ def classify(
     home: HomeOption = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many labelled images vote.")] = 20,
     temperature: Annotated[float, typer.Option(min=1e-3, help="A vote weighs exp(score/temperature).")] = 0.07,
+    filters: FilterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify pictures by the labels of their nearest images."""
     from dino_search.collection import Collection
 
     with Collection.open(collection, home=home) as opened:
-        classified = opened.classify(images, k=k, temperature=temperature)
+        classified = opened.classify(images, k=k, temperature=temperature, filters=filters or ())
     if as_json:
         print_json(classified.to_json())
         return
@@ -80,8 +96,6 @@ def classify(
 
 
 def _print_results(results: list[SearchResult]) -> None:
-    if not results:
-        tell("nothing reaches the asked score")
     if not sys.stdout.isatty():
         for result in results:
             print_line(str(result.rank), f"{result.score:.4f}", result.label or "", result.path)

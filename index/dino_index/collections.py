@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SourceRow
+from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SettingRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.errors import CollectionError, CollectionNotFound, FingerprintMismatch, ModelNotFound
+from dino_index.image_paths import is_url, separator_of
 from dino_index.model_files import BUNDLED_VERSION, ModelSpec, resolve_model
+
+_PENDING_MODEL = "reindex:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +62,95 @@ def create_collection(session: Session, name: str, spec: ModelSpec, dim: int) ->
     Raises FingerprintMismatch; CollectionError as `find_collection` does.
     """
     if session.scalar(select(CollectionRow.id).where(CollectionRow.name == name)) is None:
-        model_id = session.scalar(select(ModelRow.id).where(ModelRow.fingerprint == spec.fingerprint))
-        if model_id is None:
-            model = ModelRow(fingerprint=spec.fingerprint, name=spec.name, dim=dim, config=spec.config())
-            session.add(model)
-            session.flush()
-            model_id = model.id
-        session.add(CollectionRow(name=name, model_id=model_id))
+        session.add(CollectionRow(name=name, model_id=ensure_model(session, spec, dim)))
         session.flush()
     collection = find_collection(session, name)
     require_same_model(collection, spec)
     return collection
 
 
+def ensure_model(session: Session, spec: ModelSpec, dim: int) -> int:
+    """Id of the model's row, which is added where the catalog lacks it."""
+    model = session.scalars(select(ModelRow).where(ModelRow.fingerprint == spec.fingerprint)).one_or_none()
+    if model is None:
+        model = ModelRow(fingerprint=spec.fingerprint, name=spec.name, dim=dim, config=spec.config())
+        session.add(model)
+        session.flush()
+    return model.id
+
+
 def require_same_model(collection: CollectionInfo, spec: ModelSpec) -> None:
     """Raises FingerprintMismatch when the collection's vectors come from another model than this."""
     if collection.fingerprint != spec.fingerprint:
+        was, now = collection.model_name, spec.name
+        if was == now:
+            settings = collection.model_config
+            was += f" at {settings['input_size']} px, {settings['pooling']} pooling"
+            now += f" at {spec.input_size} px, {spec.pooling} pooling"
+        model = f"--model {shlex.quote(spec.name)}"
+        pooling = collection.model_config.get("pooling", spec.pooling)
+        if spec.pooling != pooling:
+            model += f" --pooling {spec.pooling}"
         raise FingerprintMismatch(
-            f"collection {collection.name!r} was built with {collection.model_name} "
-            f"({collection.fingerprint[:12]}), not with {spec.name} ({spec.fingerprint[:12]}), and their vectors "
-            f"cannot be compared; leave out --model, or index into another collection: "
-            f"dino-search index PATH -c NAME --model {spec.name}"
+            f"collection {collection.name!r} was built with {was} "
+            f"({collection.fingerprint[:12]}), not with {now} ({spec.fingerprint[:12]}), and their vectors "
+            f"cannot be compared; leave out --model, or give the collection this model: "
+            f"dino-search reindex -c {shlex.quote(collection.name)} {model}, or index into another collection: "
+            f"dino-search index PATH -c NAME {model}"
         )
 
 
-def model_of(collection: CollectionInfo) -> ModelSpec:
-    """The spec of the model that a collection was built with. Raises ModelNotFound, FingerprintMismatch."""
+def hold_model(session: Session, collection: CollectionInfo) -> None:
+    """Makes sure that the collection still has this model, and keeps it so until the writing transaction ends.
+
+    Raises FingerprintMismatch, CollectionNotFound.
+    """
+    # Locks the row where the database locks rows; SQLite lets one writer in at a time anyway.
+    session.execute(select(CollectionRow.id).where(CollectionRow.id == collection.id).with_for_update())
+    check_model(session, collection)
+
+
+def check_model(session: Session, collection: CollectionInfo) -> None:
+    """Makes sure that the collection has this model as the session sees it; raises as `hold_model` does."""
+    if find_collection(session, collection.name).model_id != collection.model_id:
+        raise FingerprintMismatch(
+            f"collection {collection.name!r} was given another model than {collection.model_name} by another command "
+            "meanwhile; what was recorded before stays: run the same command again, without --model"
+        )
+
+
+def pending_models(session: Session) -> dict[int, int]:
+    """Models that collections are being changed to, by collection id: their embeddings are not to be dropped."""
+    rows = session.scalars(select(SettingRow).where(SettingRow.key.startswith(_PENDING_MODEL)))
+    return {int(row.key.removeprefix(_PENDING_MODEL)): row.value["model_id"] for row in rows}
+
+
+def set_pending_model(session: Session, collection: CollectionInfo, model_id: int | None) -> None:
+    """Notes the model that a collection is being changed to; None when that has ended."""
+    key = f"{_PENDING_MODEL}{collection.id}"
+    if model_id is not None:
+        session.merge(SettingRow(key=key, value={"model_id": model_id}))
+    elif (row := session.get(SettingRow, key)) is not None:
+        session.delete(row)
+
+
+def model_of(collection: CollectionInfo, models: Path | None = None) -> ModelSpec:
+    """The spec of the model that a collection was built with.
+
+    models: the home's folder of models, where weights are found again after the home has moved.
+    Raises ModelNotFound, FingerprintMismatch.
+    """
     config = collection.model_config
+    weights_path = Path(config["weights_path"])
+    if not weights_path.is_file() and models is not None and (models / weights_path.name).is_file():
+        config = config | {"weights_path": str(models / weights_path.name)}
+        weights_path = models / weights_path.name
     if collection.model_name == BUNDLED_VERSION:
-        spec = resolve_model(collection.model_name, pooling=config["pooling"])
-    elif not Path(config["weights_path"]).is_file():
+        spec = resolve_model(collection.model_name, pooling=config["pooling"], input_size=config["input_size"])
+    elif not weights_path.is_file():
+        fetch = "" if os.sep in collection.model_name else f"fetch it: dino-search models get {collection.model_name}, "
         raise ModelNotFound(
-            f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; "
+            f"collection {collection.name!r} needs its model at {config['weights_path']}, found no such file; {fetch}"
             "put it back, or run: dino-search index PATH --model FILE with the same weights elsewhere"
         )
     else:
@@ -126,13 +187,19 @@ def source_paths(session: Session, collection: CollectionInfo) -> dict[int, str]
 
 
 def join_path(source_path: str, portable_relative: str) -> str:
-    """The absolute path of an image row, as the operating system names it."""
-    return os.path.join(source_path, *decode_path(portable_relative).split("/"))
+    """The absolute path or URL of an image row, as the operating system names it."""
+    parts = decode_path(portable_relative).split("/")
+    if is_url(source_path):
+        return "/".join([source_path.rstrip("/"), *parts])
+    return os.path.join(source_path, *parts)
 
 
 def relative_path(path: str, source_path: str) -> str:
-    """The portable path of a file below its source, as an image row stores it."""
-    return encode_path(os.path.relpath(path, source_path).replace(os.sep, "/"))
+    """The portable path of what lies below its source, as an image row stores it."""
+    separator = separator_of(source_path)
+    if path == source_path:
+        return "."
+    return encode_path(path[len(source_path.rstrip(separator)) + 1 :].replace(separator, "/"))
 
 
 def option_for(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -105,49 +105,60 @@ def embed_files(
     """
     backbone: Backbone | None = None
     batch: list[_Decoded | FailedFile] = []
-    new: set[bytes] = set()
+    # The distinct new pictures of the batch: copies share a forward pass.
+    new: dict[bytes, NDArray[np.uint8]] = {}
     running: deque[Future[list[EmbeddedFile | FailedFile]]] = deque()
 
     def batch_size() -> int:
         return settings.batch_size or (backbone.batch_size if backbone else _FIRST_BATCH_SIZE)
 
+    def num_ahead() -> int:
+        return 2 * batch_size() * (backbone.num_devices if backbone else 1)
+
     def load(file: ListedFile) -> _Decoded | FailedFile:
         return _load(file, input_size, find_embedded, settings.limits)
 
+    def submit() -> None:
+        # Put together here, so that a GPU's thread does nothing else than to keep it busy.
+        pixels_BHWC = backbone.stack(list(new.values())) if backbone and new else None
+        running.append(forward.submit(_embed, list(batch), list(new), pixels_BHWC, backbone))
+        batch.clear()
+        new.clear()
+
     with ExitStack() as stack:
         # Until a picture needs the model, batches hold only what needs no forward pass.
-        forward, num_passes = stack.enter_context(ThreadPoolExecutor(1)), 1
-        for outcome in _in_order(load, files, settings.num_workers, lambda: 2 * batch_size()):
-            batch.append(outcome)
+        forward, max_waiting = stack.enter_context(ThreadPoolExecutor(1)), 1
+        for outcome in _in_order(load, files, settings.num_workers, num_ahead):
             if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
-                new.add(outcome.facts.sha256)
+                new.setdefault(outcome.facts.sha256, outcome.pixels_HWC)
+                outcome = _Decoded(outcome.file, outcome.facts, None)
                 if backbone is None:
                     # The model loads while the workers decode ahead.
                     backbone = load_backbone()
-                    forward, num_passes = stack.enter_context(backbone.forward_threads()), backbone.num_passes
+                    forward, max_waiting = stack.enter_context(backbone.forward_threads()), backbone.max_waiting
+            batch.append(outcome)
             if len(new) >= batch_size() or len(batch) >= _MAX_BATCHES_WITHOUT_FORWARD * batch_size():
-                running.append(forward.submit(_embed, batch, backbone))
-                batch, new = [], set()
-            while len(running) > num_passes:
+                submit()
+            while len(running) > max_waiting:
                 yield running.popleft().result()
         if batch:
-            running.append(forward.submit(_embed, batch, backbone))
+            submit()
         while running:
             yield running.popleft().result()
 
 
-def _embed(batch: list[_Decoded | FailedFile], backbone: Backbone | None) -> list[EmbeddedFile | FailedFile]:
-    """One forward pass over the distinct new pictures of a batch; copies share its result."""
-    pixels = {
-        item.facts.sha256: item.pixels_HWC
-        for item in batch
-        if isinstance(item, _Decoded) and item.pixels_HWC is not None
-    }
+def _embed(
+    batch: Sequence[_Decoded | FailedFile],
+    digests: Sequence[bytes],
+    pixels_BHWC: NDArray[np.uint8] | None,
+    backbone: Backbone | None,
+) -> list[EmbeddedFile | FailedFile]:
+    """The batch's outcomes after one forward pass. digests: of the pictures in `pixels_BHWC`."""
     vectors: dict[bytes, tuple[NDArray[np.float16], NDArray[np.float16]]] = {}
-    if pixels:
+    if pixels_BHWC is not None:
         assert backbone is not None
-        cls_BD, gem_BD = backbone.embed(np.stack(list(pixels.values())))
-        vectors = dict(zip(pixels, zip(cls_BD, gem_BD, strict=True), strict=True))
+        cls_BD, gem_BD = backbone.embed(pixels_BHWC)
+        vectors = dict(zip(digests, zip(cls_BD, gem_BD, strict=True), strict=True))
     return [
         item if isinstance(item, FailedFile)
         else EmbeddedFile(item.file, item.facts, *vectors.get(item.facts.sha256, (None, None)))

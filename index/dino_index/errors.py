@@ -3,28 +3,47 @@
 DinoSearchError
 ├── ImageError              one file that cannot be used as an image; `code` goes into the ledger
 ├── ModelError
-│   ├── ModelNotFound       neither a bundled name nor a file
+│   ├── ModelNotFound       neither the name of a model that is here nor a file
 │   ├── ArchitectureUnknown a weights file that does not say which architecture it is for
 │   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
-│   └── FingerprintMismatch the collection was built with another model
+│   ├── CheckpointRefused   a PyTorch file with objects that could run code; none was run
+│   ├── HubUnavailable      weights that could not be fetched; what works without is named
+│   ├── FingerprintMismatch the collection was built with another model
+│   └── OutOfMemory         the device cannot hold the model, or one picture's forward pass
 ├── CatalogError
-│   ├── CatalogUnavailable  the home cannot be read, created or written
+│   ├── CatalogUnavailable  the home or the database cannot be read, created or written
+│   │   ├── CatalogDamaged  the database's own pages contradict themselves
+│   │   └── DatabaseAway    a database server that does not answer, or ended the connection
 │   ├── CatalogTooNew       written by a newer version of this program
+│   ├── CatalogNotEmpty     a catalog that would be replaced without --force
+│   ├── BackupUnusable      a file that is no whole backup of a catalog
 │   └── StorageFull         no space left on the device; the earlier state is intact
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
 │   ├── CollectionEmpty     a collection without one readable image
-│   └── NoLabels            classification without labelled images
+│   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
+│   ├── NoLabels            classification without labelled images
+│   ├── IndexTypeInvalid    neither a named index type nor a FAISS factory string
+│   └── TooLittleMemory     an index that would not fit into memory
 ├── SourceError
 │   ├── SourceNotFound      a given path does not exist or cannot be listed
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
-│   └── PruneRefused        pruning would drop more than looks intended
+│   ├── PruneRefused        pruning would drop more than looks intended
+│   ├── ManifestError       a manifest that cannot be read, lacks its column or has a malformed row
+│   ├── BackendMissing      a URL whose file system needs a package that is not installed
+│   └── RelocationRefused   files are not at the new place, or are known there already
+├── FilterError             a filter that cannot be parsed or names no field of the collection
 ├── RecipeError             a pretraining recipe with an unknown key or a value out of range
 ├── RunError
 │   ├── RunExists           the output folder holds a run already
 │   ├── RunNotFound         nothing to resume, or a checkpoint that cannot be read
 │   ├── TooFewImages        fewer images than a batch takes
 │   └── TrainingDiverged    loss or gradients stayed infinite or not a number
+├── ExchangeError
+│   ├── NotAnExport         a folder that `export` did not write
+│   ├── ExportTooNew        written by a newer version of this program
+│   ├── ExportIncomplete    written without what an import needs
+│   └── ExportDamaged       files are missing, changed, or disagree with the description
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── OutputExists            a file that would be overwritten without --force
 └── OutputUnwritable        a result that cannot be written where it should go
@@ -90,12 +109,24 @@ class WeightsMismatch(ModelError):
     code = "weights_mismatch"
 
 
+class CheckpointRefused(ModelError):
+    code = "checkpoint_refused"
+
+
+class HubUnavailable(ModelError):
+    code = "hub_unavailable"
+
+
 class FingerprintMismatch(ModelError):
     code = "fingerprint_mismatch"
 
 
+class OutOfMemory(ModelError):
+    code = "out_of_memory"
+
+
 class CatalogError(DinoSearchError):
-    """The database under the home folder cannot be used."""
+    """The catalog, in its home folder or on its server, cannot be used."""
 
     code = "catalog"
 
@@ -104,8 +135,24 @@ class CatalogUnavailable(CatalogError):
     code = "catalog_unavailable"
 
 
+class CatalogDamaged(CatalogUnavailable):
+    code = "catalog_damaged"
+
+
+class DatabaseAway(CatalogUnavailable):
+    code = "database_away"
+
+
 class CatalogTooNew(CatalogError):
     code = "catalog_too_new"
+
+
+class CatalogNotEmpty(CatalogError):
+    code = "catalog_not_empty"
+
+
+class BackupUnusable(CatalogError):
+    code = "backup_unusable"
 
 
 class StorageFull(CatalogError):
@@ -126,8 +173,20 @@ class CollectionEmpty(CollectionError):
     code = "collection_empty"
 
 
+class ReindexRefused(CollectionError):
+    code = "reindex_refused"
+
+
 class NoLabels(CollectionError):
     code = "no_labels"
+
+
+class IndexTypeInvalid(CollectionError):
+    code = "index_type_invalid"
+
+
+class TooLittleMemory(CollectionError):
+    code = "too_little_memory"
 
 
 class SourceError(DinoSearchError):
@@ -146,6 +205,22 @@ class NoImagesFound(SourceError):
 
 class PruneRefused(SourceError):
     code = "prune_refused"
+
+
+class ManifestError(SourceError):
+    code = "manifest"
+
+
+class BackendMissing(SourceError):
+    code = "backend_missing"
+
+
+class RelocationRefused(SourceError):
+    code = "relocation_refused"
+
+
+class FilterError(DinoSearchError):
+    code = "filter"
 
 
 class RecipeError(DinoSearchError):
@@ -172,6 +247,28 @@ class TooFewImages(RunError):
 
 class TrainingDiverged(RunError):
     code = "training_diverged"
+
+
+class ExchangeError(DinoSearchError):
+    """An exported collection that cannot be imported."""
+
+    code = "exchange"
+
+
+class NotAnExport(ExchangeError):
+    code = "not_an_export"
+
+
+class ExportTooNew(ExchangeError):
+    code = "export_too_new"
+
+
+class ExportIncomplete(ExchangeError):
+    code = "export_incomplete"
+
+
+class ExportDamaged(ExchangeError):
+    code = "export_damaged"
 
 
 class LabelFileError(DinoSearchError):

@@ -1,6 +1,7 @@
-"""The bytes of one file: whatever a path leads to, opened without waiting, bounded, and hashed on the way.
+"""The bytes of one image: whatever a path leads to, opened without waiting, bounded, and hashed on the way.
 
-Knows nothing of pictures and imports nothing heavy.
+A path is that of a file, of a member of a tar shard, or a URL: all that the catalog stores can be read here. Knows
+nothing of pictures and imports nothing heavy for a plain file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import stat
 from dataclasses import dataclass
 
 from dino_index.errors import ImageError
+from dino_index.image_paths import is_url, split_member
 
 # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever. Windows has none of the
 # first three, and it alone has the others.
@@ -52,8 +54,8 @@ DEFAULT_LIMITS = ReadLimits()
 class FileContent:
     """The bytes of one file.
 
-    sha256: 32 bytes. mtime_ns: of the opened file, taken before its first byte was read, so that a change in
-    between shows up as one the next time.
+    sha256: 32 bytes. mtime_ns: of the opened file or shard, taken before its first byte was read, so that a change
+    in between shows up as one the next time; for a URL, its version (see `remote_files`).
     """
 
     data: bytes
@@ -63,10 +65,14 @@ class FileContent:
 
 
 def read_file(path: str | os.PathLike[str], limits: ReadLimits = DEFAULT_LIMITS) -> FileContent:
-    """Content of a file, hashed while it is read.
+    """Content of a file, of a member of a tar shard (`/data/s.tar/a.jpg`) or of a URL, hashed.
 
-    Raises ImageError: vanished, broken_link, permission, unreadable, not_a_file, too_large, empty.
+    Raises ImageError: vanished, broken_link, permission, unreadable, not_a_file, too_large, empty; for a member that
+    may lie behind a damaged place of its shard, truncated or corrupt.
     """
+    name = os.fsdecode(path)
+    if is_url(name):
+        return _read_url(name, limits)
     try:
         # Before opening, because opening alone can have effects on a device.
         _check_regular(os.stat(path))
@@ -76,9 +82,25 @@ def read_file(path: str | os.PathLike[str], limits: ReadLimits = DEFAULT_LIMITS)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _reading_error(error, path) from error
+        # Asked only now: a plain file costs nothing more, and a folder may be called `a.tar`.
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and (member := split_member(name)):
+            from dino_index.shards import read_member
+
+            return read_member(*member, limits)
+        raise reading_error(error, path) from error
     except ValueError as error:  # a name with a null character
         raise ImageError("unreadable", f"no file can have this name: {error}") from error
+
+
+def _read_url(url: str, limits: ReadLimits) -> FileContent:
+    if member := split_member(url):
+        from dino_index.shards import read_member
+
+        return read_member(*member, limits)
+    from dino_index.remote_files import read_remote
+
+    data, version = read_remote(url, limits)
+    return FileContent(data=data, sha256=hashlib.sha256(data).digest(), size=len(data), mtime_ns=version)
 
 
 def _read_descriptor(descriptor: int, limits: ReadLimits) -> FileContent:
@@ -119,7 +141,8 @@ def _check_not_too_large(num_bytes: int, limits: ReadLimits) -> None:
         raise ImageError("too_large", message)
 
 
-def _reading_error(error: OSError, path: str | os.PathLike[str]) -> ImageError:
+def reading_error(error: OSError, path: str | os.PathLike[str]) -> ImageError:
+    """Our error for one of the operating system."""
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
         if os.path.islink(path):
             return ImageError("broken_link", "the symbolic link leads to no file")

@@ -14,10 +14,14 @@ import stat
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from dino_index.errors import ImageError, SourceNotFound
 from dino_index.image_bytes import OPEN_FLAGS
 from dino_index.image_formats import HEAD_BYTES, image_format
+
+if TYPE_CHECKING:
+    from dino_index.shards import Shard
 
 _NAMES_OF_IMAGES = (
     "jpg jpeg jpe jfif jif mpo png apng webp gif bmp dib tif tiff avif avifs heic heif hif heics heifs"
@@ -30,11 +34,13 @@ _NAMES_OF_TYPES = {
     "video": "mp4 m4v mov qt avi mkv webm wmv flv f4v mpg mpeg m2v mts m2ts 3gp 3g2 ogv vob mxf asf rm insv",
     "audio": "mp3 wav flac aac ogg oga opus m4a wma aif aiff mid midi amr",
     "document": "pdf doc docx odt rtf xls xlsx ods ppt pptx odp epub mobi ps eps djvu pages numbers key",
-    "archive": "zip rar 7z tar gz tgz bz2 xz zst lz4 iso dmg cab jar",
+    "archive": "zip rar 7z gz tgz bz2 xz zst lz4 iso dmg cab jar",
+    "tar shard": "tar",
     "text": "txt md rst csv tsv json jsonl xml html htm css js py yaml yml toml ini cfg log srt vtt tex",
     "vector graphic": "svg svgz ai cdr wmf emf dxf",
     "edit record": "xmp aae thm pp3 dop xcf lrcat",
     "database": "db sqlite sqlite3",
+    "table": "parquet arrow feather",
 }
 _TYPE_OF_EXTENSION = {
     extension: type_name for type_name, names in _NAMES_OF_TYPES.items() for extension in names.split()
@@ -62,8 +68,9 @@ _SYSTEM_FOLDERS = frozenset(
 class ListedFile:
     """A file to be read as an image.
 
-    path: absolute, links not resolved; bytes that are not UTF-8 as surrogates, as the os module gives them.
-    size: bytes.
+    path: absolute, links not resolved; bytes that are not UTF-8 as surrogates, as the os module gives them; of a
+    member of a tar shard or behind a URL as in `image_paths`.
+    size: bytes; -1 where a server does not say. mtime_ns: of the file or its shard, or the version of a URL.
     """
 
     path: str
@@ -89,6 +96,12 @@ class Listing:
 
     ignored: files that are no image, by type. skipped_folders, skipped_files: not looked at, by reason; a
     skipped folder counts once, whatever it holds.
+
+    The rest is filled by `source_listing.list_sources` alone, `files` then with images behind URLs and single given
+    members of shards, too. shards: those that were given, with all the images in them.
+    looked_through: the given folders, shards and URLs of folders, of which everything was seen.
+    labels, facts: what manifests say, by the path of a file or of a shard, for all that is in it; facts are JSON
+    values by name. num_repeated: rows of manifests that name a file again; the first one counts.
     """
 
     files: list[ListedFile] = field(default_factory=list)
@@ -96,6 +109,11 @@ class Listing:
     ignored: Counter[str] = field(default_factory=Counter)
     skipped_folders: Counter[str] = field(default_factory=Counter)
     skipped_files: Counter[str] = field(default_factory=Counter)
+    shards: list[Shard] = field(default_factory=list)
+    looked_through: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_repeated: int = 0
 
 
 def list_images(paths: Sequence[str | os.PathLike[str]], *, exclude: Sequence[str] = ()) -> Listing:
@@ -117,7 +135,7 @@ def list_images(paths: Sequence[str | os.PathLike[str]], *, exclude: Sequence[st
     Raises SourceNotFound for a given path that does not exist or cannot be listed; ValueError for an empty
     pattern.
     """
-    walk = _Walk([_compile(pattern) for pattern in exclude])
+    walk = _Walk(Exclusions(exclude))
     folders: list[str] = []
     for given in paths:
         path = os.path.abspath(os.fsdecode(given))
@@ -146,14 +164,33 @@ def _status_of_given(path: str) -> os.stat_result:
 
 def check_patterns(exclude: Sequence[str]) -> None:
     """Raises ValueError for a pattern that `list_images` would not take."""
-    for pattern in exclude:
-        _compile(pattern)
+    Exclusions(exclude)
+
+
+class Exclusions:
+    """Patterns of files and folders to leave out, as `list_images` describes them. Raises ValueError."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = [_compile(pattern) for pattern in patterns]
+
+    def match(self, name: str, path_below: str, *, is_folder: bool) -> bool:
+        """Whether a file or folder is left out, by its name or by its path below the given folder."""
+        return any(pattern.matches(name, path_below, is_folder) for pattern in self._patterns)
+
+    def match_any_part(self, path_below: str) -> bool:
+        """Whether a file or one of the folders that it lies in is left out."""
+        if not self._patterns:
+            return False
+        parts = path_below.split("/")
+        return any(
+            self.match(parts[at], "/".join(parts[: at + 1]), is_folder=at + 1 < len(parts)) for at in range(len(parts))
+        )
 
 
 class _Walk:
     """One run over folders, filling `listing`."""
 
-    def __init__(self, exclude: list[_Pattern]) -> None:
+    def __init__(self, exclude: Exclusions) -> None:
         self.listing = Listing()
         self._exclude = exclude
         self._given_files: set[str] = set()
@@ -164,7 +201,7 @@ class _Walk:
             return
         self._given_files.add(path)
         name = os.path.basename(path)
-        if self._is_excluded(name, name, is_folder=False):
+        if self._exclude.match(name, name, is_folder=False):
             self.listing.skipped_files["excluded"] += 1
         elif not os.path.isfile(path):
             self._fail(path, "not_a_file", "this is a pipe, socket or device, not a regular file")
@@ -226,7 +263,7 @@ class _Walk:
 
     def _is_skipped(self, entry: os.DirEntry[str], path_below: str, is_folder: bool) -> bool:
         reason = _reserved(entry, is_folder)
-        if reason is None and self._is_excluded(entry.name, path_below, is_folder):
+        if reason is None and self._exclude.match(entry.name, path_below, is_folder=is_folder):
             reason = "excluded"
         if reason is None:
             return False
@@ -234,9 +271,6 @@ class _Walk:
         if entry.path not in self._given_files:
             (self.listing.skipped_folders if is_folder else self.listing.skipped_files)[reason] += 1
         return True
-
-    def _is_excluded(self, name: str, path_below: str, is_folder: bool) -> bool:
-        return any(pattern.matches(name, path_below, is_folder) for pattern in self._exclude)
 
     def _take_entry(self, entry: os.DirEntry[str]) -> None:
         if entry.path in self._given_files:
@@ -247,7 +281,7 @@ class _Walk:
             is_file = False
         if is_file:
             self._take_file(entry.path, entry.name, entry.stat)
-        elif _extension(entry.name) not in IMAGE_EXTENSIONS:
+        elif not has_image_name(entry.name):
             self.listing.ignored["broken link" if entry.is_symlink() else "not a file"] += 1
         else:
             self._fail_special(entry.path)
@@ -269,7 +303,7 @@ class _Walk:
             self.listing.files.append(ListedFile(path, status.st_size, status.st_mtime_ns))
 
     def _take_file(self, path: str, name: str, get_status: Callable[[], os.stat_result]) -> None:
-        if _extension(name) not in IMAGE_EXTENSIONS:
+        if not has_image_name(name):
             type_name = _type_by_content(path, name)
             if type_name is not None:
                 self.listing.ignored[type_name] += 1
@@ -286,6 +320,16 @@ class _Walk:
         self.listing.failures.append(ListingFailure(path, reason, message))
 
 
+def has_image_name(name: str) -> bool:
+    """Whether a file name has the extension of an image."""
+    return _extension(name) in IMAGE_EXTENSIONS
+
+
+def type_by_name(name: str) -> str:
+    """The type that a file which is no image is counted under, as far as its name tells."""
+    return _TYPE_OF_EXTENSION.get(_extension(name), "other")
+
+
 def _extension(name: str) -> str:
     stem, dot, extension = name.rpartition(".")
     return extension.lower() if dot and stem else ""
@@ -293,7 +337,7 @@ def _extension(name: str) -> str:
 
 def _type_by_content(path: str, name: str) -> str | None:
     """None for an image, otherwise the type that it is counted under."""
-    type_name = _TYPE_OF_EXTENSION.get(_extension(name), "other")
+    type_name = type_by_name(name)
     try:
         descriptor = os.open(path, OPEN_FLAGS)
         try:
@@ -312,22 +356,24 @@ def _type_by_content(path: str, name: str) -> str | None:
 
 
 def _reserved(entry: os.DirEntry[str], is_folder: bool) -> str | None:
-    """Why nobody wants to see this entry, judged by its name; None if there is no such reason."""
-    name = entry.name
+    reason = reserved_name(entry.name, os.path.basename(os.path.dirname(entry.path)), is_folder=is_folder)
+    if reason is None and os.name == "nt" and _has_hidden_attribute(entry):
+        return "hidden"
+    return reason
+
+
+def reserved_name(name: str, parent_name: str, *, is_folder: bool) -> str | None:
+    """Why nobody wants to see a file or folder of this name; None if there is no such reason."""
     if is_folder:
         lowered = name.lower()
         if lowered in _THUMBNAIL_FOLDERS or lowered.endswith(_THUMBNAIL_SUFFIXES):
             return "thumbnails"
         # Apple's Photos keeps the pictures in "originals" and small copies of each in "resources".
-        if lowered == "resources" and os.path.dirname(entry.path).lower().endswith(".photoslibrary"):
+        if lowered == "resources" and parent_name.lower().endswith(".photoslibrary"):
             return "thumbnails"
         if lowered in _SYSTEM_FOLDERS:
             return "system"
-    if name.startswith("."):
-        return "hidden"
-    if os.name == "nt" and _has_hidden_attribute(entry):
-        return "hidden"
-    return None
+    return "hidden" if name.startswith(".") else None
 
 
 def _has_hidden_attribute(entry: os.DirEntry[str]) -> bool:

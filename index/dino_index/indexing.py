@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, literal, select, update
+from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
 from dino_index.collections import (
     CollectionInfo,
     count_images,
@@ -29,23 +31,30 @@ from dino_index.collections import (
 )
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, embed_files
 from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, PruneRefused
-from dino_index.image_files import ListedFile, Listing, check_patterns, list_images
+from dino_index.image_files import ListedFile, Listing, ListingFailure, check_patterns
+from dino_index.image_paths import absolute_path, ancestors, is_below, is_gone, is_shard_name, parent_of, split_member
+from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
-from dino_index.recording import BatchRecorder, Sources, is_below, remove_images
+from dino_index.model_store import models_folder
+from dino_index.recording import BatchRecorder, Sources, record_outcomes, remove_images
+from dino_index.source_listing import by_image, list_sources, shard_files, sidecar_values
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
 
 # Reasons that lie outside the file's content: worth another try although the file looks unchanged.
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
-# What a killed run loses at most. A transaction costs as much as some 25 images in it.
-_IMAGES_A_TRANSACTION = 64
-_MAX_UNRECORDED_S = 1.0
 _MAX_PRUNED_FRAC = 0.2
+# Single files become images of a source for each folder, or of one that holds many of the folders.
+_MAX_SOURCES_A_RUN = 16
+_CHECKS_AT_ONCE = 16
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
 _MIN_DELTA_TO_COMPACT = 1000
 _MAX_DELTA_FRAC = 0.1
+_ROWS_PER_FETCH = 8192
+# An index of fewer fits anywhere.
+_MIN_IMAGES_TO_WEIGH = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,8 @@ class IndexOptions:
     """Prune even when a root is missing or empty, or more than a fifth would go."""
     labels: str | Path | None = None
     """`folders`, or a CSV file with the columns path and label."""
+    index_type: str | None = None
+    """`auto`, `flat`, `hnsw`, `ivf`, `ivfpq` or a FAISS factory string; None keeps the collection's."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
     def __post_init__(self) -> None:
@@ -74,7 +85,7 @@ class IndexSummary:
 
     added: int = 0
     updated: int = 0
-    """New content, a new label, readable again, or found again under another path."""
+    """New content, a new label or new metadata, readable again, or found again under another path."""
     skipped: int = 0
     """Unchanged."""
     removed: int = 0
@@ -90,6 +101,8 @@ class IndexSummary:
     skipped_folders: Mapping[str, int] = field(default_factory=dict)
     skipped_files: Mapping[str, int] = field(default_factory=dict)
     unmatched_labels: int = 0
+    repeated: int = 0
+    """Rows of manifests that name a file again."""
     interrupted: bool = False
     remaining: int = 0
     """Files that an interrupted run did not get to."""
@@ -115,9 +128,11 @@ class _KnownImage:
     status: str
     error_code: str | None
     label: str | None
+    facts: dict[str, Any] | None
 
     def is_unchanged(self, file: ListedFile) -> bool:
-        same = self.size == file.size and self.mtime_ns == file.mtime_ns
+        # A server that does not say how large a file is leaves its version to tell.
+        same = file.size in (self.size, -1) and self.mtime_ns == file.mtime_ns
         return same and self.error_code not in _RETRIED_REASONS
 
 
@@ -144,14 +159,16 @@ def index_paths(
 ) -> IndexSummary:
     """Indexes the images under the given paths into a collection, which is made when it does not exist.
 
+    paths: folders, files, manifests, tar shards and URLs; see `list_sources`.
     model: None takes the collection's own, or `default_model` for a new collection.
     should_stop: asked after each batch; the run then ends early and says so in the summary.
     Raises SourceNotFound, NoImagesFound (nothing at all to read), PruneRefused (after everything else is done),
-    LabelFileError, FingerprintMismatch and other ModelErrors, CatalogErrors.
+    LabelFileError, ManifestError, BackendMissing, FingerprintMismatch and other ModelErrors, IndexTypeInvalid,
+    TooLittleMemory, CatalogErrors.
     """
-    given = [os.path.abspath(os.fspath(path)) for path in paths]
+    given = [absolute_path(path) for path in paths]
     missing = _missing_roots(catalog, collection_name, given) if options.prune and options.prune_any else set()
-    listing = list_images([path for path in given if path not in missing], exclude=options.exclude)
+    listing = list_sources([path for path in given if path not in missing], exclude=options.exclude)
     run = _Run(catalog, given, missing, listing, options, device)
     run.open_collection(collection_name, model, default_model)
     run.plan()
@@ -162,6 +179,10 @@ def index_paths(
             run.prune()
     run.compact_if_worthwhile()
     return run.finish()
+
+
+def _update_images(session: Session, rows: list[dict[str, Any]]) -> None:
+    session.execute(update(ImageRow), rows)
 
 
 class _Run:
@@ -178,19 +199,23 @@ class _Run:
     ) -> None:
         self._catalog = catalog
         self._given = given
-        self._listed = [path for path in given if path not in missing]
+        self._missing = missing
         self._listing = listing
+        self._files = [*listing.files, *(file for shard in listing.shards for file in shard_files(shard))]
         self._options = options
         self._device = device
         self._backbone: Backbone | None = None
-        self._labels = self._read_labels()
+        sidecar_labels, sidecar_facts = sidecar_values(listing)
+        self._facts: dict[str, dict[str, Any]] = sidecar_facts | by_image(listing.facts, listing)
         self._moved_ids: set[int] = set()
         self.summary = IndexSummary(
             ignored=sum(listing.ignored.values()),
             ignored_by_type=dict(listing.ignored),
             skipped_folders=dict(listing.skipped_folders),
             skipped_files=dict(listing.skipped_files),
+            repeated=listing.num_repeated,
         )
+        self._labels = self._read_labels(sidecar_labels)
 
     def open_collection(self, name: str, model: ModelSpec | None, default_model: Callable[[], ModelSpec]) -> None:
         with self._catalog.reading() as session:
@@ -198,62 +223,76 @@ class _Run:
                 collection = find_collection(session, name)
             except CollectionNotFound:
                 collection = None
-        nothing_listed = not self._listing.files and not self._listing.failures
+        nothing_listed = not self._files and not self._listing.failures
         if nothing_listed and (collection is None or not self._options.prune):
             raise NoImagesFound(self._nothing_found())
         if collection is None:
             self._spec = model or default_model()
             # Loaded before the collection exists: an unusable model must leave no trace.
             dim = self._load_backbone().dim
-            with self._catalog.writing() as session:
-                collection = create_collection(session, name, self._spec, dim)
+            self._check_index_type(dim)
+            collection = self._catalog.write(lambda session: create_collection(session, name, self._spec, dim))
         elif model is None:
-            self._spec = model_of(collection)
+            self._spec = model_of(collection, models_folder(self._catalog.home))
         else:
             require_same_model(collection, model)
             self._spec = model
             self._remember_place_of_weights(collection)
         self._collection = collection
-        with self._catalog.reading() as session:
-            known_sources = Sources(source_paths(session, collection))
-        if any(known_sources.find(path) is None for path in self._listed):
-            with self._catalog.writing() as session:
-                Sources.covering(session, collection, self._listed)
+        self._remember_index_type()
+        known_sources = self._catalog.read(lambda session: Sources(source_paths(session, collection)))
+        if uncovered := self._places_without(known_sources):
+            self._catalog.write(lambda session: Sources.covering(session, collection, uncovered))
 
     def plan(self) -> None:
         """Sorts listed files into unchanged ones and those to read; finds images whose file is gone."""
-        known = self._known_images()
+        known = self._catalog.read(self._known_images)
         self._to_read: list[ListedFile] = []
-        relabelled: dict[int, str] = {}
-        for file in self._listing.files:
+        changed: list[dict[str, Any]] = []
+        for file in self._files:
             image = known.pop(file.path, None)
             if image is None or self._options.rehash or not image.is_unchanged(file):
                 self._to_read.append(file)
             elif image.status == "failed":
                 self.summary.failed += 1
-            elif self._labels is not None and self._labels.get(file.path, image.label) != image.label:
-                relabelled[image.id] = self._labels[file.path]
+            elif values := self._new_values(file.path, image):
+                changed.append({"id": image.id} | values)
                 self.summary.updated += 1
             else:
                 self.summary.skipped += 1
-        if self._labels is not None:
-            self.summary.unmatched_labels = len(self._labels.keys() - {file.path for file in self._listing.files})
-        self._unlistable = [failure.path for failure in self._listing.failures]
-        for path in self._unlistable:
-            known.pop(path, None)
+        self._require_memory()
+        self._unlistable: list[str] = []
+        self._failures: list[ListingFailure] = []
+        for failure in self._listing.failures:
+            image = known.get(failure.path)
+            # A manifest names it and it is not there: as any image whose file is gone, it stays until it is pruned.
+            if image is not None and image.status == "ok" and failure.reason == "vanished":
+                self.summary.skipped += not self._options.prune
+                continue
+            known.pop(failure.path, None)
+            self._failures.append(failure)
+            self._unlistable.append(failure.path)
         self._unseen = known
-        if relabelled:
-            with self._catalog.writing() as session:
-                session.execute(
-                    update(ImageRow), [{"id": image_id, "label": label} for image_id, label in relabelled.items()]
-                )
+        # Together, as the values that change are the same for most images.
+        for columns in {tuple(values) for values in changed}:
+            rows = [values for values in changed if tuple(values) == columns]
+            self._catalog.write(partial(_update_images, rows=rows))
+
+    def _new_values(self, path: str, image: _KnownImage) -> dict[str, Any]:
+        """What labels and manifests say otherwise about an image than the catalog."""
+        values: dict[str, Any] = {}
+        if self._labels is not None and self._labels.get(path, image.label) != image.label:
+            values["label"] = self._labels[path]
+        if self._facts.get(path, image.facts) != image.facts:
+            values["facts"] = self._facts[path]
+        return values
 
     def embed_and_record(self, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]) -> None:
         self._embedded_digests = self._load_embedded_digests() if self._to_read else set()
         self._record(
             [
                 FailedFile(ListedFile(failure.path, 0, 0), ImageError(failure.reason, failure.message))
-                for failure in self._listing.failures
+                for failure in self._failures
             ]
         )
         start, done, total = time.perf_counter(), 0, len(self._to_read)
@@ -262,23 +301,9 @@ class _Run:
             self._to_read, self._load_backbone, self._spec.input_size, self._find_embedded,
             self._options.embedding,
         )  # fmt: skip
-        unrecorded: list[EmbeddedFile | FailedFile] = []
-        recorded_at = time.monotonic()
-        with closing(batches):
-            for batch in batches:
-                unrecorded += batch
-                stop = should_stop()
-                late = time.monotonic() - recorded_at > _MAX_UNRECORDED_S
-                if stop or late or len(unrecorded) >= _IMAGES_A_TRANSACTION:
-                    self._record(unrecorded)
-                    done += len(unrecorded)
-                    unrecorded, recorded_at = [], time.monotonic()
-                    on_progress(Progress(done=done, total=total, failed=self.summary.failed))
-                if stop:
-                    break
-        self._record(unrecorded)
-        done += len(unrecorded)
-        on_progress(Progress(done=done, total=total, failed=self.summary.failed))
+        for num_recorded in record_outcomes(batches, self._record, should_stop):
+            done += num_recorded
+            on_progress(Progress(done=done, total=total, failed=self.summary.failed))
         self.summary.interrupted = done < total
         self.summary.remaining = total - done
         if done:
@@ -287,14 +312,22 @@ class _Run:
     def forget_vanished_failures(self) -> None:
         """Drops failed entries of files that are gone and of folders that could be listed again."""
         failed = {path: image.id for path, image in self._unseen.items() if image.status == "failed"}
-        vanished = self._vanished()
-        self._remove([image_id for path, image_id in failed.items() if path in vanished or os.path.isdir(path)])
+        vanished = self._vanished(failed)
+        looked_through = set(self._listing.looked_through)
+        self._remove(
+            [
+                image_id
+                for path, image_id in failed.items()
+                if path in vanished or path in looked_through or os.path.isdir(path)
+            ]
+        )
 
     def prune(self) -> None:
-        gone = [image.id for image in self._vanished().values() if image.status == "ok"]
+        readable = {path: image.id for path, image in self._unseen.items() if image.status == "ok"}
+        gone = [readable[path] for path in self._vanished(readable)]
         if gone and not self._options.prune_any:
             num_before = len(gone) + self.summary.readable
-            empty = [path for path in self._given if os.path.isdir(path) and not os.listdir(path)]
+            empty = [path for path in self._listing.looked_through if self._is_empty(path)]
             if empty or len(gone) > _MAX_PRUNED_FRAC * num_before:
                 reason = f"{empty[0]} is empty" if empty else f"that is more than {_MAX_PRUNED_FRAC:.0%}"
                 raise PruneRefused(
@@ -304,32 +337,96 @@ class _Run:
         self._remove(gone)
 
     def compact_if_worthwhile(self) -> None:
-        """Writes a snapshot when so much has changed since the last one that starting a search would be slow."""
-        with self._catalog.reading() as session:
-            snapshot = session.get(SnapshotRow, self._collection.id)
-            num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
-            if since == generation_of(session, self._collection):
-                return
-            delta = session.scalars(
-                select(func.count()).where(ImageRow.collection_id == self._collection.id, ImageRow.generation > since)
-            ).one()
-        if delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before):
+        """Writes a snapshot when so much has changed since the last one that starting a search would be slow.
+
+        Also when another type of index is wanted than there is.
+        """
+        num_before, delta = self._catalog.read(self._count_changes)
+        enough = delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before)
+        if enough or self._catalog.read(self._wants_another_type):
             from dino_index.snapshots import write_snapshot
 
-            write_snapshot(self._catalog, self._collection)
+            self._catalog.outlast(lambda: write_snapshot(self._catalog, self._collection, append=True))
+
+    def _wants_another_type(self, session: Session) -> bool:
+        """Whether the type that was asked for is not there and can be: few vectors may train nothing but `flat`."""
+        snapshot = session.get(SnapshotRow, self._collection.id)
+        built = snapshot.index_type if snapshot else AUTO
+        if self._asked_index_type(session) in (AUTO, built):
+            return False
+        from dino_index.snapshots import count_vectors, next_choice
+
+        num_vectors = count_vectors(session, self._collection)
+        return num_vectors > 0 and next_choice(session, self._collection, num_vectors).name != built
+
+    def _check_index_type(self, dim: int) -> None:
+        if self._options.index_type not in (None, *NAMED_INDEX_TYPES):
+            from dino_index.index_types import check_index_type
+
+            check_index_type(self._options.index_type or AUTO, dim)
+
+    def _remember_index_type(self) -> None:
+        """Stores the type that was asked for, if it is another than before."""
+        asked = self._options.index_type
+        if asked is None:
+            return
+        self._check_index_type(self._collection.dim)
+        if asked != self._catalog.read(self._asked_index_type):
+            change = update(CollectionRow).where(CollectionRow.id == self._collection.id).values(index_type=asked)
+            self._catalog.write(lambda session: session.execute(change))
+
+    def _asked_index_type(self, session: Session) -> str:
+        return session.get_one(CollectionRow, self._collection.id).index_type
+
+    def _require_memory(self) -> None:
+        """Raises TooLittleMemory before anything is embedded for an index that could then not be built."""
+
+        def weigh(session: Session) -> None:
+            num_images = count_images(session, self._collection)["ok"] + len(self._to_read)
+            if num_images >= _MIN_IMAGES_TO_WEIGH:
+                from dino_index.snapshots import next_choice
+
+                next_choice(session, self._collection, num_images)
+
+        self._catalog.read(weigh)
 
     def finish(self) -> IndexSummary:
-        with self._catalog.reading() as session:
-            self.summary.images = count_images(session, self._collection)["ok"]
+        self.summary.images = self._catalog.read(lambda session: count_images(session, self._collection))["ok"]
         return self.summary
 
-    def _read_labels(self) -> dict[str, str] | None:
+    def _count_changes(self, session: Session) -> tuple[int, int]:
+        """Number of vectors in the snapshot, and of images that changed since."""
+        snapshot = session.get(SnapshotRow, self._collection.id)
+        num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
+        if since == generation_of(session, self._collection):
+            return num_before, 0
+        changed = ImageRow.collection_id == self._collection.id, ImageRow.generation > since
+        return num_before, session.scalars(select(func.count()).where(*changed)).one()
+
+    def _read_labels(self, sidecar_labels: dict[str, str]) -> dict[str, str] | None:
+        """Label by path: what a manifest says goes before what was asked for, and that before what shards say."""
+        of_manifests: dict[str, str] = by_image(self._listing.labels, self._listing)
         if self._options.labels is None:
-            return None
-        files = [file.path for file in self._listing.files]
+            return (sidecar_labels | of_manifests) or None
+        files = [file.path for file in self._files]
+        places = [*self._given, *(shard.path for shard in self._listing.shards)]
         if self._options.labels == FROM_FOLDERS:
-            return labels_from_folders(self._given, files)
-        return labels_from_csv(self._options.labels, self._given)
+            return sidecar_labels | labels_from_folders(places, files) | of_manifests
+        labels = labels_from_csv(self._options.labels, places, set(files))
+        self.summary.unmatched_labels = len(labels.keys() - set(files))
+        return sidecar_labels | labels | of_manifests
+
+    def _places_without(self, sources: Sources) -> list[str]:
+        """Folders and URLs that need a source of their own, for everything listed to lie below one."""
+        places = [path for path in self._given if path not in self._missing and _is_folder(path, self._listing)]
+        uncovered = [path for path in places if sources.find(path) is None]
+        roots = set(uncovered)
+        parents: set[str] = set()
+        for path in (*(each.path for each in self._files), *(each.path for each in self._listing.failures)):
+            parent = _folder_of(path)
+            if parent not in parents and sources.find(path) is None and not roots.intersection(ancestors(path)):
+                parents.add(parent)
+        return uncovered + (sorted(parents) if len(parents) <= _MAX_SOURCES_A_RUN else _common_folders(parents))
 
     def _load_backbone(self) -> Backbone:
         from dino_index.backbones import Backbone
@@ -341,85 +438,107 @@ class _Run:
     def _remember_place_of_weights(self, collection: CollectionInfo) -> None:
         """The same weights under another path: later commands find them there."""
         if self._spec.config() != collection.model_config:
-            with self._catalog.writing() as session:
+
+            def remember(session: Session) -> None:
                 row = session.get_one(ModelRow, collection.model_id)
                 row.name, row.config = self._spec.name, self._spec.config()
 
-    def _known_images(self) -> dict[str, _KnownImage]:
-        """Images under the given paths by absolute path."""
+            self._catalog.write(remember)
+
+    def _known_images(self, session: Session) -> dict[str, _KnownImage]:
+        """Images under the given paths, or named by a manifest, by absolute path."""
         known: dict[str, _KnownImage] = {}
-        with self._catalog.reading() as session:
-            sources = source_paths(session, self._collection)
-            rows = session.execute(
-                select(
-                    ImageRow.id,
-                    ImageRow.source_id,
-                    ImageRow.path,
-                    ImageRow.size,
-                    ImageRow.mtime_ns,
-                    ImageRow.status,
-                    ImageRow.error_code,
-                    ImageRow.label,
-                ).where(ImageRow.collection_id == self._collection.id)
-            )
-            for image_id, source_id, name, size, mtime_ns, status, error_code, label in rows:
-                path = join_path(sources[source_id], name)
-                if any(is_below(path, given) for given in self._given):
-                    known[path] = _KnownImage(image_id, size, mtime_ns, status, error_code, label)
+        places = {*self._given, *(shard.path for shard in self._listing.shards)}
+        listed = {file.path for file in self._listing.files}
+        for failure in self._listing.failures:
+            (places if is_shard_name(failure.path) else listed).add(failure.path)
+        sources = source_paths(session, self._collection)
+        rows = session.execute(
+            select(
+                ImageRow.id,
+                ImageRow.source_id,
+                ImageRow.path,
+                ImageRow.size,
+                ImageRow.mtime_ns,
+                ImageRow.status,
+                ImageRow.error_code,
+                ImageRow.label,
+                # JSON is slow to read and of use only beside something to compare it with.
+                ImageRow.facts if self._facts else literal(None),
+            ).where(ImageRow.collection_id == self._collection.id),
+            execution_options={"yield_per": _ROWS_PER_FETCH},
+        )
+        for image_id, source_id, name, size, mtime_ns, status, error_code, label, facts in rows:
+            path = join_path(sources[source_id], name)
+            if path in listed or not places.isdisjoint(ancestors(path)):
+                known[path] = _KnownImage(image_id, size, mtime_ns, status, error_code, label, facts)
         return known
 
     def _find_embedded(self, sha256: bytes) -> tuple[int, int] | None:
         """Width and height of an image with these bytes whose vectors under this model are in the catalog."""
         if sha256 not in self._embedded_digests:
             return None
-        with self._catalog.reading() as session:
-            row = session.execute(
-                select(ImageRow.width, ImageRow.height)
-                .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
-                .where(
-                    ImageRow.sha256 == sha256,
-                    ImageRow.status == "ok",
-                    EmbeddingRow.model_id == self._collection.model_id,
-                )
-                .limit(1)
-            ).one_or_none()
+        size = (
+            select(ImageRow.width, ImageRow.height)
+            .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
+            .where(
+                ImageRow.sha256 == sha256,
+                ImageRow.status == "ok",
+                EmbeddingRow.model_id == self._collection.model_id,
+            )
+            .limit(1)
+        )
+        row = self._catalog.read(lambda session: session.execute(size).one_or_none())
         return (row.width, row.height) if row else None
 
     def _load_embedded_digests(self) -> set[bytes]:
         """Bytes that have vectors under this model: asking the catalog about each file costs a millisecond."""
-        with self._catalog.reading() as session:
-            of_model = EmbeddingRow.model_id == self._collection.model_id, EmbeddingRow.kind == "cls"
-            return set(session.scalars(select(EmbeddingRow.sha256).where(*of_model)))
+        of_model = EmbeddingRow.model_id == self._collection.model_id, EmbeddingRow.kind == "cls"
+        digests = select(EmbeddingRow.sha256).where(*of_model)
+        streamed = {"yield_per": _ROWS_PER_FETCH}
+        return self._catalog.read(lambda session: set(session.scalars(digests, execution_options=streamed)))
 
     def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> None:
+        """Writes a batch in one transaction."""
         if not batch:
             return
-        with self._catalog.writing() as session:
+
+        def record(session: Session) -> tuple[Mapping[str, int], set[int]]:
             recorder = BatchRecorder(session, self._collection)
-            counts = recorder.record(batch, self._labels)
+            return recorder.record(batch, self._labels, self._facts), recorder.moved_ids
+
+        counts, moved_ids = self._catalog.write(record)
         for name, count in counts.items():
             setattr(self.summary, name, getattr(self.summary, name) + count)
         self._embedded_digests.update(item.facts.sha256 for item in batch if isinstance(item, EmbeddedFile))
-        self.summary.moved += len(recorder.moved_ids)
-        self._moved_ids |= recorder.moved_ids
+        self.summary.moved += len(moved_ids)
+        self._moved_ids |= moved_ids
 
-    def _vanished(self) -> dict[str, _KnownImage]:
-        """Images under the given paths that were not listed and whose file is gone.
+    def _vanished(self, paths: Iterable[str]) -> set[str]:
+        """Those of the images not listed whose file is gone.
 
-        Not those below a folder that could not be listed: nobody knows about them.
+        Not those below a folder, shard or URL that could not be listed: nobody knows about them.
         """
-        return {
-            path: image
-            for path, image in self._unseen.items()
-            if image.id not in self._moved_ids
-            and not any(is_below(path, folder) for folder in self._unlistable)
-            and not os.path.lexists(path)
-        }
+        unlistable = set(self._unlistable)
+        candidates = [
+            path
+            for path in paths
+            if self._unseen[path].id not in self._moved_ids
+            and not any(place in unlistable for place in ancestors(path))
+        ]
+        # Side by side, as a server is asked about each URL.
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE, "gone") as pool:
+            return {path for path, is_lost in zip(candidates, pool.map(is_gone, candidates), strict=True) if is_lost}
+
+    def _is_empty(self, place: str) -> bool:
+        """Whether a given folder holds nothing at all, or a shard or URL no image: more likely out of reach."""
+        if os.path.isdir(place):
+            return not os.listdir(place)
+        return not any(is_below(file.path, place) for file in self._files)
 
     def _remove(self, image_ids: list[int]) -> None:
         if image_ids:
-            with self._catalog.writing() as session:
-                remove_images(session, self._collection, image_ids)
+            self._catalog.write(lambda session: remove_images(session, self._collection, image_ids))
             self.summary.removed += len(image_ids)
 
     def _nothing_found(self) -> str:
@@ -431,7 +550,7 @@ class _Run:
 
 def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:
     """Those of the given paths that are gone and under which the collection has images."""
-    gone = [path for path in given if not os.path.lexists(path)]
+    gone = [path for path in given if is_gone(path)]
     if not gone:
         return set()
     with catalog.reading() as session:
@@ -443,3 +562,30 @@ def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str])
         rows = session.execute(select(ImageRow.source_id, ImageRow.path).where(ImageRow.collection_id == collection.id))
         paths = [join_path(sources[source_id], name) for source_id, name in rows]
     return {root for root in gone if any(is_below(path, root) for path in paths)}
+
+
+def _is_folder(path: str, listing: Listing) -> bool:
+    """Whether a given path is a folder, or a URL of one."""
+    return path in listing.looked_through and not is_shard_name(path)
+
+
+def _folder_of(path: str) -> str:
+    """The folder or URL that a file, or the shard of a member, lies in."""
+    member = split_member(path)
+    return parent_of(member[0] if member else path)
+
+
+def _common_folders(folders: Iterable[str]) -> list[str]:
+    """For each top folder or bucket, the deepest folder that holds all of the given ones in it."""
+    groups: dict[str, list[str]] = {}
+    for folder in folders:
+        places = [place for place in ancestors(folder) if parent_of(place) != place] or [folder]
+        groups.setdefault(places[-1], []).append(folder)
+    return [_common_folder(group) for group in groups.values()]
+
+
+def _common_folder(folders: Sequence[str]) -> str:
+    common = folders[0]
+    while not all(is_below(folder, common) for folder in folders):
+        common = parent_of(common)
+    return common

@@ -8,17 +8,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, exists, select
+from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
-from dino_index.collections import CollectionInfo, advance_generation, generation_of, join_path
+from dino_index.collections import (
+    CollectionInfo,
+    advance_generation,
+    check_model,
+    generation_of,
+    hold_model,
+    join_path,
+    pending_models,
+)
+from dino_index.image_paths import is_gone
 from dino_index.recording import forget_vector
 from dino_index.snapshots import (
+    Snapshot,
     SnapshotDamaged,
     read_snapshot,
     snapshot_ids,
@@ -27,6 +36,7 @@ from dino_index.snapshots import (
 )
 
 _ROWS_PER_FETCH = 8192
+_UNSYNCHRONISED = {"synchronize_session": False}
 
 
 @dataclass(kw_only=True)
@@ -55,14 +65,14 @@ def verify_collection(
     if faulty and reindex:
         _discard(catalog, collection, list(faulty))
         _give_up_on_lost_files(catalog, collection, faulty)
-        reindex([path for path in sorted(set(faulty.values())) if os.path.exists(path)])
+        reindex([path for path in sorted(set(faulty.values())) if not _is_lost(path)])
         still_faulty = _faulty_images(catalog, collection, IntegrityReport())
         readable = _readable_ids(catalog, collection)
         for image_id, path in faulty.items():
             if image_id in readable and image_id not in still_faulty:
                 report.repaired.append(f"{path}: its embedding was damaged")
             else:
-                fate = "cannot be read" if os.path.exists(path) else "is gone"
+                fate = "is gone" if _is_lost(path) else "cannot be read"
                 report.problems.append(f"{path}: its embedding was damaged and its file {fate}")
     else:
         report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
@@ -77,17 +87,50 @@ def verify_collection(
 
 
 def compact_collection(catalog: Catalog, collection: CollectionInfo) -> None:
-    """Writes a fresh snapshot, drops embeddings that no image refers to, and gives free pages back."""
+    """Writes a fresh snapshot, drops embeddings that no collection needs, and gives free pages back."""
     write_snapshot(catalog, collection)
     with catalog.writing() as session:
-        session.execute(delete(EmbeddingRow).where(~exists().where(ImageRow.sha256 == EmbeddingRow.sha256)))
+        session.execute(delete(EmbeddingRow).where(_unneeded(session)), execution_options=_UNSYNCHRONISED)
     catalog.reclaim_space()
+
+
+def drop_unneeded_embeddings(catalog: Catalog, model_id: int) -> None:
+    """Drops a model's embeddings that no collection needs, in transactions that others need not wait for long.
+
+    What a kill leaves of them goes with the next `compact_collection`.
+    """
+    done = b""
+    while True:
+        with catalog.writing() as session:
+            of_model = EmbeddingRow.model_id == model_id, EmbeddingRow.sha256 > done
+            part = session.scalars(
+                select(EmbeddingRow.sha256).where(*of_model).order_by(EmbeddingRow.sha256).limit(_ROWS_PER_FETCH)
+            ).all()
+            if not part:
+                return
+            unneeded = delete(EmbeddingRow).where(*of_model, EmbeddingRow.sha256 <= part[-1], _unneeded(session))
+            session.execute(unneeded, execution_options=_UNSYNCHRONISED)
+            done = part[-1]
+
+
+def _unneeded(session: Session) -> ColumnElement[bool]:
+    """Whether no image of a collection under the embedding's model, present or coming, has its bytes."""
+    coming = (
+        and_(CollectionRow.id == collection_id, EmbeddingRow.model_id == model_id)
+        for collection_id, model_id in pending_models(session).items()
+    )
+    return ~exists().where(
+        ImageRow.sha256 == EmbeddingRow.sha256,
+        ImageRow.collection_id == CollectionRow.id,
+        or_(CollectionRow.model_id == EmbeddingRow.model_id, *coming),
+    )
 
 
 def _faulty_images(catalog: Catalog, collection: CollectionInfo, report: IntegrityReport) -> dict[int, str]:
     """Absolute path by id of readable images without a sound embedding of either kind."""
     sound: dict[bytes, int] = {}
     with catalog.reading() as session:
+        check_model(session, collection)
         embeddings = session.execute(
             select(EmbeddingRow.sha256, EmbeddingRow.vector).where(
                 EmbeddingRow.model_id == collection.model_id,
@@ -127,6 +170,7 @@ def _is_sound(vector: bytes, dim: int) -> bool:
 def _discard(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[int]) -> None:
     """Deletes faulty embeddings, and makes the images look unread so that indexing reads them again."""
     with catalog.writing() as session:
+        hold_model(session, collection)
         for image_id in image_ids:
             image = session.get_one(ImageRow, image_id)
             session.execute(
@@ -139,7 +183,7 @@ def _discard(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[i
 
 def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty: Mapping[int, str]) -> None:
     """Enters images with neither a sound embedding nor a file into the ledger."""
-    lost = [image_id for image_id, path in faulty.items() if not os.path.exists(path)]
+    lost = [image_id for image_id, path in faulty.items() if _is_lost(path)]
     if not lost:
         return
     with catalog.writing() as session:
@@ -151,6 +195,11 @@ def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty:
             forget_vector(session, collection, image_id, generation)
 
 
+def _is_lost(path: str) -> bool:
+    """Whether an image's file is known not to be there."""
+    return is_gone(path) or (os.path.islink(path) and not os.path.exists(path))
+
+
 def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:
     """What is wrong with the snapshot, in a line; None where it agrees with the catalog or there is none."""
     with catalog.reading() as session:
@@ -158,17 +207,17 @@ def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | Non
         if row is None:
             return None
         try:
-            index = read_snapshot(catalog, collection, row)
+            snapshot = read_snapshot(catalog, collection, row)
         except SnapshotDamaged as error:
             return f"snapshot: {error}"
         if not snapshot_is_intact(catalog, collection, row):
             return f"snapshot: the bytes of {row.file_name} are not those that were written"
         if row.generation > generation_of(session, collection):
             return f"snapshot: {row.file_name} is newer than the catalog"
-        return _difference(session, collection, row, index)
+        return _difference(session, collection, row, snapshot)
 
 
-def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, index: Any) -> str | None:
+def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, snapshot: Snapshot) -> str | None:
     """Whether the snapshot holds exactly the images that it should, later changes aside."""
     ours = ImageRow.collection_id == collection.id
     settled = select(ImageRow.id).where(ours, ImageRow.status == "ok", ImageRow.generation <= row.generation)
@@ -177,7 +226,7 @@ def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, 
         RemovalRow.collection_id == collection.id, RemovalRow.generation > row.generation
     )
     later = set(session.scalars(changed)) | set(session.scalars(removed))
-    in_snapshot = set(snapshot_ids(index).tolist()) - later
+    in_snapshot = set(snapshot_ids(snapshot).tolist()) - later
     in_catalog = set(session.scalars(settled)) - later
     if in_snapshot == in_catalog:
         return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.errors import LabelFileError
+from dino_index.image_paths import absolute_path, ancestors, is_url, parent_of, separator_of, split_member
 
 FROM_FOLDERS = "folders"
 
@@ -16,35 +17,45 @@ FROM_FOLDERS = "folders"
 def labels_from_folders(paths: Sequence[str], files: Iterable[str]) -> dict[str, str]:
     """Label of each file: the first folder below the given path that it was found under.
 
-    A given path without sub-folders is itself one class, named as its folder; files that lie loose beside
-    sub-folders have no label. All paths absolute.
+    A given folder without sub-folders is itself one class, named as the folder; files that lie loose beside
+    sub-folders have no label. Folders inside a tar shard count as those of a folder do, but a shard without folders is
+    no class. All paths absolute.
     """
-    roots = sorted((os.path.abspath(path) for path in paths), key=len, reverse=True)
+    roots = {absolute_path(path) for path in paths}
     loose: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     with_folders: set[str] = set()
     for file in files:
-        root = next((root for root in roots if _is_below(file, root)), os.path.dirname(file))
-        first, *deeper = os.path.relpath(file, root).split(os.sep)
+        root = next((folder for folder in ancestors(file) if folder in roots), None)
+        if root == file:  # a given file is of the class of its folder
+            loose[file] = [file]
+            continue
+        root = root or parent_of(file)
+        first, *deeper = file[len(root.rstrip(separator_of(root))) + 1 :].split(separator_of(root))
         if deeper:
             labels[file] = encode_path(first)
             with_folders.add(root)
         else:
             loose.setdefault(root, []).append(file)
     for root in loose.keys() - with_folders:
-        folder = root if os.path.isdir(root) else os.path.dirname(root)
-        labels |= dict.fromkeys(loose[root], encode_path(os.path.basename(folder)))
+        folder = parent_of(loose[root][0])
+        member = split_member(loose[root][0])
+        if member is None or member[0] != folder:
+            labels |= dict.fromkeys(loose[root], encode_path(folder.rpartition(separator_of(folder))[2]))
     return labels
 
 
-def labels_from_csv(label_file: str | Path, paths: Sequence[str]) -> dict[str, str]:
+def labels_from_csv(label_file: str | Path, paths: Sequence[str], listed: Container[str] = ()) -> dict[str, str]:
     """Label by absolute path, from a CSV file with the columns `path` and `label`.
 
-    A relative path is looked for below each of `paths`, then beside the CSV file.
+    A relative path is looked for below each of `paths`, which may be folders, shards and URLs, then beside the CSV
+    file: first among the images `listed`, then among files.
     Raises LabelFileError.
     """
     label_file = Path(label_file)
-    folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in map(os.path.abspath, paths)]
+    folders: list[str] = []
+    for path in map(absolute_path, paths):
+        folders += [path] if is_url(path) or os.path.isdir(path) else [path, os.path.dirname(path)]
     folders.append(str(label_file.absolute().parent))
     labels: dict[str, str] = {}
     try:
@@ -61,15 +72,21 @@ def labels_from_csv(label_file: str | Path, paths: Sequence[str]) -> dict[str, s
                     raise LabelFileError(
                         f"{label_file}, line {rows.line_num}: expected a path and a label, found {row}"
                     )
-                if any("\ud800" <= character <= "\udfff" for character in row["label"]):
-                    raise LabelFileError(f"{label_file}, line {rows.line_num}: expected a label in UTF-8, found {row}")
-                candidates = [os.path.normpath(os.path.join(folder, row["path"])) for folder in folders]
-                path = next(filter(os.path.lexists, candidates), candidates[0])
-                labels[path] = row["label"]
+                if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in row["label"]):
+                    raise LabelFileError(
+                        f"{label_file}, line {rows.line_num}: expected a label in UTF-8 without NUL, found {row}"
+                    )
+                candidates = [_join(folder, row["path"]) for folder in folders]
+                known = [path for path in candidates if path in listed] or filter(os.path.lexists, candidates)
+                labels[next(iter(known), candidates[0])] = row["label"]
     except (OSError, csv.Error) as error:
         raise LabelFileError(f"the label file {label_file} cannot be read: {error}") from error
     return labels
 
 
-def _is_below(file: str, root: str) -> bool:
-    return file == root or file.startswith(root.rstrip(os.sep) + os.sep)
+def _join(folder: str, path: str) -> str:
+    if is_url(path):
+        return absolute_path(path)
+    if is_url(folder) and not os.path.isabs(path):
+        return f"{folder}/{path.removeprefix('./')}"
+    return os.path.normpath(os.path.join(folder, path))

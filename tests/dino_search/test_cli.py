@@ -467,3 +467,53 @@ def test_a_demonstration_that_cannot_be_written_says_so(dino_search: Command, tm
     assert (ended.code, ended.out) == (1, "")
     assert re.search("^error: .* cannot be written: .* --out$", ended.err.splitlines()[-1])
     assert "Traceback" not in ended.err
+
+
+# --- manifests, filters, relocation
+
+
+def test_index_reports_what_a_manifest_brings(
+    dino_search: Command, photos: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("path,label,year\nphotos/cat/0.jpg,cat,1987\nphotos/cat/0.jpg,,\nphotos/none.jpg,,\n")
+    ended = dino_search("index", manifest, "--model", tiny_model)
+    assert ended.out.startswith("1 added, 0 updated, 0 unchanged, 0 removed, 1 failed, 0 ignored\n")
+    assert "1 rows of manifests name a file again; the first one counts\n" in ended.err
+    ledger = dino_search("info", "--failures").out
+    assert ledger.startswith(f"vanished\t{photos / 'none.jpg'}\t{manifest}, line 4: expected an image file")
+    (photos / "s.tar").write_bytes(b"")
+    (photos / "t.tar").write_bytes(b"tar?")
+    assert "1 tar shard\n" not in dino_search("index", manifest).err
+    assert "name them: dino-search index PATH/*.tar\n" in dino_search("index", photos).err
+
+
+def test_search_and_classify_take_filters(dino_search: Command, filled: Path) -> None:
+    query = filled / "cat" / "0.jpg"
+    found = dino_search("search", query, "--filter", "label = dog", "--filter", "width > 1", "--json").json()
+    assert [result["label"] for result in found["results"]] == ["dog"] * 4
+    assert list(found) == ["query", "collection", "model", "results"]
+    assert list(found["results"][0]) == ["rank", "image_id", "path", "score", "label"]
+    assert dino_search("classify", query, "--filter", "label != cat").out.startswith("dog\t")
+    nothing = dino_search("search", query, "--filter", "label = cow")
+    assert (nothing.code, nothing.out, nothing.err) == (0, "", "no image passes the filters\n")
+    for text in ("label", "colour = red", "width = wide"):
+        ended = dino_search("search", query, "--filter", text)
+        assert (ended.code, ended.out) == (1, "")
+        assert re.fullmatch(r"error: [^\n]+\n", ended.err)
+
+
+def test_relocate_rewrites_paths_and_says_what_it_looked_for(
+    dino_search: Command, filled: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    refused = dino_search("relocate", filled, new)
+    assert refused.code == 1
+    assert "of 8 that were looked for, 8 are missing" in refused.err
+    filled.rename(new)
+    done = dino_search("relocate", filled, new)
+    assert (done.code, done.out) == (0, f"8 images of default are at {new} now\n")
+    assert done.err == "8 files looked for, 0 missing, 0 of another size\n"
+    assert dino_search("index", new, "--json").json()["skipped"] == 8
+    back = dino_search("relocate", new, filled, "--yes", "-c", "default", "--json").json()
+    assert back == {"images": 8, "collections": ["default"], "checked": 8, "missing": 8, "changed": 0}

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import skimage
 from PIL import Image
+from sqlalchemy import select, update
 
 import dino_search
 from bad_files import encoded, exif_orientation, make_good_files, picture
+from databases import open_catalog
+from dino_index.catalog import EmbeddingRow, ImageRow
 from dino_index.catalog.portable_paths import decode_path
 from dino_index.edits import apply_edits
 from dino_index.errors import (
     CollectionEmpty,
     CollectionNotFound,
+    FilterError,
     FingerprintMismatch,
     ImageError,
     NoLabels,
@@ -25,8 +29,9 @@ from dino_index.errors import (
 )
 from dino_index.images import load_image
 from dino_search import Collection, EmbeddingSettings, IndexOptions
+from dino_search.contact_sheet import write_contact_sheet
 from dino_search.demonstration import PHOTOGRAPHS
-from sample_collections import save_tiny_model, write_pictures
+from sample_collections import save_tiny_model, write_pictures, write_shard
 
 
 @pytest.fixture
@@ -299,3 +304,61 @@ def test_relative_paths_mean_the_same_file(opened: Collection, photos: Path, mon
     assert (
         opened.search("0.jpg") == opened.search(photos / "cat/0.jpg") == opened.search(os.path.join("..", "cat/0.jpg"))
     )
+
+
+def test_filters_leave_k_results_where_k_images_pass(opened: Collection, photos: Path, tmp_path: Path) -> None:
+    files = sorted(str(path) for path in photos.rglob("*.jpg"))
+    lines = [f"{path},{number}" for number, path in enumerate(files)]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(["path,number", *lines]) + "\n")
+    opened.index(manifest)
+    everything = opened.search(files[0], k=8).results
+    found = opened.search(files[0], k=3, filters=["number >= 2", "number != 5"]).results
+    passing = [result for result in everything if files.index(result.path) in (2, 3, 4, 6, 7)]
+    assert [(result.path, result.score) for result in found] == [(one.path, one.score) for one in passing[:3]]
+    assert [result.rank for result in found] == [1, 2, 3]
+    assert len(opened.search(files[0], k=8, filters=["number < 3"]).results) == 3
+    assert opened.search(files[0], filters=["number > 99"]).results == []
+    with pytest.raises(FilterError, match="metadata keys number"):
+        opened.search(files[0], filters=["nubmer > 9"])
+
+
+def test_only_voters_that_pass_the_filter_vote(opened: Collection, photos: Path) -> None:
+    opened.index(photos, IndexOptions(labels="folders"))
+    query = next(photos.rglob("*.jpg"))
+    voted = opened.classify(query, filters=["label != dog"]).results[0]
+    assert {result.label for result in voted.neighbours} == {"cat"}
+    with pytest.raises(NoLabels, match="passes the filter"):
+        opened.classify(query, filters=["label = cow"])
+
+
+@pytest.fixture
+def in_shards(home: Path, tiny_model: Path) -> Iterator[Collection]:
+    with Collection.open("shards", home=home, model=tiny_model) as collection:
+        yield collection
+
+
+def test_members_of_shards_are_found_searched_by_and_repaired(
+    in_shards: Collection, photos: Path, tmp_path: Path
+) -> None:
+    opened = in_shards
+    files = sorted(photos.rglob("*.jpg"))
+    shard = write_shard(tmp_path / "s.tar", {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files})
+    opened.index(shard)
+    member = f"{shard}/{files[2].parent.name}/{files[2].name}"
+    assert opened.search(member, k=1).results[0].path == member
+    assert opened.search(files[2], k=1).results[0].path == member
+    catalog = open_catalog(opened.home)
+    with catalog.writing() as session:
+        row = session.scalars(
+            select(ImageRow).where(ImageRow.path == Path(member).relative_to(tmp_path).as_posix())
+        ).one()
+        session.execute(update(EmbeddingRow).where(EmbeddingRow.sha256 == row.sha256).values(vector=b"?"))
+    catalog.close()
+    report = opened.verify(repair=True)
+    assert (len(report.repaired), report.problems) == (1, [])
+    assert opened.search(member, k=1).results[0].path == member
+    sheet = tmp_path / "sheet.html"
+    write_contact_sheet(sheet, "Search", [opened.search(member, k=2)])
+    assert sheet.read_text().count("data:image/jpeg;base64") == 3
+    assert opened.remove([f"{shard}/cat"]) == 4

@@ -193,6 +193,20 @@ def test_a_frozen_teacher_is_asked_for_by_an_option(tiny: Material, dino_search:
     assert again.exit_code == 0, again
 
 
+def test_a_model_of_the_home_is_a_teacher_and_a_start_by_its_name(
+    tiny: Material, dino_search: CommandLine, tmp_path: Path, home: Path
+) -> None:
+    (home / "models").mkdir(parents=True)
+    stored = save_tiny_model(home / "models" / "mine.tagged.safetensors")
+    command = tiny.pretrain(tmp_path / "run", "--teacher", "mine", "--set", "whiten_dim=8")
+    done = dino_search.run(*command, prepare=without_pictures())
+    assert done.exit_code == 0, done
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").teacher_model == str(stored)
+    ended = dino_search.run(*tiny.pretrain(tmp_path / "other", "--init", "mine"), prepare=without_pictures())
+    # Found, and of another architecture than the recipe's.
+    assert f"the weights {stored} do not fit the recipe's backbone" in ended.stderr
+
+
 # --- what cannot be done
 
 Trouble = Callable[[Material, Path], list[object]]

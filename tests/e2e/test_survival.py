@@ -300,7 +300,7 @@ def test_a_signal_stops_after_the_batch_and_the_next_run_goes_on(
 def test_a_second_signal_stops_at_once(
     photos: Photos, dino_search: CommandLine, home: Path, number: signal.Signals
 ) -> None:
-    running = dino_search.start(*photos.index(), prepare=partial(sabotage.hang_in_forward_pass, 6))
+    running = dino_search.start(*photos.index(), prepare=partial(sabotage.hang_in_forward_pass, 30))
     wait_until(lambda: num_recorded(home) >= 20, running)
     running.send(number)
     wait_until(lambda: "stopping after this batch" in running.stderr(), running)

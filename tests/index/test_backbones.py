@@ -131,6 +131,30 @@ def test_a_model_of_grey_pictures_sees_their_luminance(tmp_path: Path) -> None:
     torch.testing.assert_close(exact, expected[:, 0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [None, ["blue", "nothing", "grey", "opacity", "red"]])
+@torch.inference_mode()
+def test_each_channel_sees_what_the_description_says(tmp_path: Path, channels: list[str] | None) -> None:
+    number = len(channels) if channels else 4
+    path, model = saved(tmp_path, "vit_tiny_patch16_224", 32, num_classes=0, in_chans=number, depth=1, img_size=32)
+    mean, std = [0.1 * place for place in range(1, number + 1)], [0.2 + 0.01 * place for place in range(number)]
+    beside = path.with_suffix(".json")
+    described = json.loads(beside.read_text()) | {"mean": mean, "std": std}
+    beside.write_text(json.dumps(described | ({"channels": channels} if channels else {})))
+    pixels = squares(2, 32)
+    red, green, blue = (torch.from_numpy(pixels[..., place]).float() / 255 for place in range(3))
+    seen = {
+        "red": red, "green": green, "blue": blue, "grey": 0.299 * red + 0.587 * green + 0.114 * blue,
+        "opacity": torch.ones_like(red), "nothing": None,
+    }  # fmt: skip
+    planes = [
+        torch.zeros_like(red) if (plane := seen[name]) is None else (plane - mean[place]) / std[place]
+        for place, name in enumerate(channels or ["red", "green", "blue", "opacity"])
+    ]
+    expected = model.forward_features(torch.stack(planes, dim=1))
+    found = float32(path).embed_tensor(torch.from_numpy(pixels))[0]
+    torch.testing.assert_close(found, expected[:, 0], rtol=1e-3, atol=1e-3)
+
+
 # --- strictness
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bad_files import make_bad_files, make_good_files
+from databases import open_catalog
 from dino_index.backbones import Backbone
 from dino_index.catalog import CollectionRow, EmbeddingRow, ImageRow
 from dino_index.collections import find_collection
@@ -37,11 +38,11 @@ from sample_collections import (
     images_of,
     index_files,
     jpeg,
-    open_catalog,
     save_tiny_model,
     write_pictures,
 )
 
+pytestmark = pytest.mark.usefixtures("database")
 Index = Callable[..., IndexSummary]
 posix_only = pytest.mark.skipif(os.name != "posix", reason="links need a POSIX system")
 

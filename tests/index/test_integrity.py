@@ -3,22 +3,23 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
+from databases import open_catalog
 from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, RemovalRow
 from dino_index.collections import CollectionInfo, find_collection
 from dino_index.indexing import IndexSummary
 from dino_index.integrity import IntegrityReport, compact_collection, verify_collection
 from dino_index.recording import remove_images
-from dino_index.snapshots import build_index, load_vectors
+from dino_index.snapshots import load_vectors
 from sample_collections import (
     TINY_DIM,
     count_rows,
@@ -26,9 +27,11 @@ from sample_collections import (
     ids_of,
     images_of,
     index_files,
-    open_catalog,
     write_pictures,
 )
+
+Damage = Callable[[bytes], bytes | None]
+"""What becomes of a vector; None: it is deleted."""
 
 
 class Indexed:
@@ -60,15 +63,22 @@ class Indexed:
             collection = find_collection(session, "default")
             remove_images(session, collection, [ids[str(self.photos / name)] for name in names])
 
-    def sql(self, statement: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.home / "catalog.sqlite3")) as connection:
-            connection.execute(statement, values)
-            connection.commit()
+    def sql(self, statement: str, **values: object) -> None:
+        with closing(open_catalog(self.home)) as catalog, catalog.writing() as session:
+            session.execute(text(statement), values)
 
-    def damage_embedding(self, name: str, statement: str) -> str:
-        """Runs SQL on the embeddings of one file, whose sha256 is `:1`; the file's path."""
+    def damage_embedding(self, name: str, kind: str | None, damage: Damage) -> str:
+        """Replaces the vectors of one kind (None: both) of a file by what `damage` makes of them; the file's path."""
         path = str(self.photos / name)
-        self.sql(statement, images_of(self.home)[path]["sha256"])
+        with closing(open_catalog(self.home)) as catalog, catalog.writing() as session:
+            of_file = EmbeddingRow.sha256 == images_of(self.home)[path]["sha256"]
+            for row in session.scalars(select(EmbeddingRow).where(of_file)):
+                if kind in (None, row.kind):
+                    vector = damage(row.vector)
+                    if vector is None:
+                        session.delete(row)
+                    else:
+                        row.vector = vector
         return path
 
     def snapshot(self) -> Path:
@@ -81,18 +91,18 @@ class Indexed:
 
 
 @pytest.fixture
-def indexed(home: Path, tiny_model: Path, tmp_path: Path) -> Indexed:
+def indexed(home: Path, tiny_model: Path, tmp_path: Path, database: str) -> Indexed:
     return Indexed(home, tiny_model, tmp_path / "photos")
 
 
-NAN = np.full(TINY_DIM, np.nan, np.float16).tobytes().hex()
-EMBEDDING_DAMAGES = {
-    "not a number": f"UPDATE embedding SET vector = x'{NAN}' WHERE sha256 = ?1 AND kind = 'cls'",
-    "all zeros": f"UPDATE embedding SET vector = zeroblob({2 * TINY_DIM}) WHERE sha256 = ?1 AND kind = 'gem'",
-    "too short": "UPDATE embedding SET vector = substr(vector, 1, 10) WHERE sha256 = ?1 AND kind = 'cls'",
-    "too long": "UPDATE embedding SET vector = CAST(vector || x'00' AS BLOB) WHERE sha256 = ?1 AND kind = 'gem'",
-    "no cls": "DELETE FROM embedding WHERE sha256 = ?1 AND kind = 'cls'",
-    "nothing": "DELETE FROM embedding WHERE sha256 = ?1",
+NAN = np.full(TINY_DIM, np.nan, np.float16).tobytes()
+EMBEDDING_DAMAGES: dict[str, tuple[str | None, Damage]] = {
+    "not a number": ("cls", lambda vector: NAN),
+    "all zeros": ("gem", lambda vector: bytes(2 * TINY_DIM)),
+    "too short": ("cls", lambda vector: vector[:10]),
+    "too long": ("gem", lambda vector: vector + b"\0"),
+    "no cls": ("cls", lambda vector: None),
+    "nothing": (None, lambda vector: None),
 }
 
 
@@ -109,10 +119,12 @@ def test_a_sound_collection_has_no_problems(indexed: Indexed) -> None:
 # --- embeddings
 
 
-@pytest.mark.parametrize("statement", EMBEDDING_DAMAGES.values(), ids=EMBEDDING_DAMAGES)
-def test_a_damaged_embedding_is_found_and_repaired_from_its_file(indexed: Indexed, statement: str) -> None:
+@pytest.mark.parametrize(("kind", "damage"), EMBEDDING_DAMAGES.values(), ids=EMBEDDING_DAMAGES)
+def test_a_damaged_embedding_is_found_and_repaired_from_its_file(
+    indexed: Indexed, kind: str | None, damage: Damage
+) -> None:
     before, ids = images_of(indexed.home), ids_of(indexed.home)
-    path = indexed.damage_embedding("3.jpg", statement)
+    path = indexed.damage_embedding("3.jpg", kind, damage)
     assert indexed.verify().problems == [f"{path}: its embedding is missing or damaged"]
     assert indexed.verify().problems  # looking repairs nothing
     report = indexed.verify(repair=True)
@@ -130,7 +142,7 @@ def test_a_damaged_embedding_is_found_and_repaired_from_its_file(indexed: Indexe
 def test_copies_with_a_damaged_embedding_are_repaired_together(indexed: Indexed) -> None:
     shutil.copy(indexed.photos / "3.jpg", indexed.photos / "copy.jpg")
     indexed.index(indexed.photos)
-    path = indexed.damage_embedding("3.jpg", EMBEDDING_DAMAGES["not a number"])
+    path = indexed.damage_embedding("3.jpg", *EMBEDDING_DAMAGES["not a number"])
     report = indexed.verify(repair=True)
     assert sorted(report.repaired) == [f"{name}: its embedding was damaged"
                                        for name in (path, str(indexed.photos / "copy.jpg"))]  # fmt: skip
@@ -140,7 +152,7 @@ def test_copies_with_a_damaged_embedding_are_repaired_together(indexed: Indexed)
 
 @pytest.mark.parametrize(("fate", "reason"), [("gone", "vanished"), ("overwritten", "not_an_image")])
 def test_what_cannot_be_repaired_is_a_problem_and_leaves_search(indexed: Indexed, fate: str, reason: str) -> None:
-    path = indexed.damage_embedding("3.jpg", EMBEDDING_DAMAGES["not a number"])
+    path = indexed.damage_embedding("3.jpg", *EMBEDDING_DAMAGES["not a number"])
     if fate == "gone":
         os.unlink(path)
     else:
@@ -195,8 +207,10 @@ def test_a_snapshot_that_lacks_an_image_is_found_and_written_anew(indexed: Index
         vectors = load_vectors(session, find_collection(session, "default"))
     path = indexed.snapshot()
     vectors.ids_N[0] += 1000
-    faiss.write_index(build_index(vectors), str(path))
-    indexed.sql("UPDATE snapshot SET sha256 = ?", hashlib.sha256(path.read_bytes()).digest())
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.dim))
+    index.add_with_ids(vectors.vectors_ND, vectors.ids_N)
+    faiss.write_index(index, str(path))
+    indexed.sql("UPDATE snapshot SET sha256 = :new", new=hashlib.sha256(path.read_bytes()).digest())
     (problem,) = indexed.verify().problems
     assert "lacks 1 images of the catalog and has 1 that are not in it" in problem
     assert indexed.verify(repair=True).repaired == [problem]
@@ -214,8 +228,16 @@ def test_changes_after_the_snapshot_are_no_fault_of_it(indexed: Indexed) -> None
 # --- the database
 
 
-def test_a_broken_reference_is_found(indexed: Indexed) -> None:
-    indexed.sql("INSERT INTO removal (collection_id, image_id, generation) VALUES (77, 1, 1)")
+def test_a_broken_reference_is_found(indexed: Indexed, database: str) -> None:
+    # What references forbid is done with them switched off.
+    off = "PRAGMA foreign_keys = OFF" if database == "sqlite" else "SET session_replication_role = replica"
+    with closing(open_catalog(indexed.home)) as catalog, catalog.store.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.rollback()
+        driver.execute(off)
+        driver.execute("INSERT INTO removal (collection_id, image_id, generation) VALUES (77, 1, 1)")
+        driver.commit()
+        connection.invalidate()
     assert indexed.verify().problems == ["the database file: broken reference in removal"]
 
 
@@ -244,7 +266,7 @@ def test_compacting_one_collection_leaves_the_embeddings_of_another(
     assert findable(home) == set()
 
 
-def test_compacting_gives_space_back(indexed: Indexed) -> None:
+def test_compacting_gives_space_back(indexed: Indexed, database: str) -> None:
     catalog = open_catalog(indexed.home)
     with catalog.writing() as session:
         model_id = session.scalars(select(func.max(EmbeddingRow.model_id))).one()
@@ -255,7 +277,11 @@ def test_compacting_gives_space_back(indexed: Indexed) -> None:
         )  # fmt: skip
     catalog.close()
     indexed.compact()
-    size = (indexed.home / "catalog.sqlite3").stat().st_size
+    catalog = open_catalog(indexed.home)
+    with catalog.reading() as session:
+        pages = "page_count * page_size FROM pragma_page_count, pragma_page_size"
+        table = "pg_total_relation_size('embedding')"
+        size = session.execute(text(f"SELECT {pages if database == 'sqlite' else table}")).scalar_one()
     assert size < 300_000
     assert count_rows(indexed.home, ImageRow) == 8
 

@@ -143,6 +143,26 @@ def test_a_model_of_grey_pictures_has_one_mean_and_deviation(tmp_path: Path) -> 
     assert ModelSpec.from_config(spec.name, json.loads(json.dumps(spec.config()))).config() == spec.config()
 
 
+def test_what_channels_see_is_part_of_the_fingerprint_where_it_is_not_the_usual(tmp_path: Path) -> None:
+    path = save_anything(tmp_path / "weights.safetensors")
+    fingerprints = []
+    for changed in ({}, {"channels": ["red", "green", "blue"]}, {"channels": ["blue", "green", "red"]}):
+        path.with_suffix(".json").write_text(description(**changed))
+        spec = resolve_model(path)
+        fingerprints.append(spec.fingerprint)
+        assert ModelSpec.from_config(spec.name, json.loads(json.dumps(spec.config()))).fingerprint == spec.fingerprint
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_timms_config_of_a_grey_model_keeps_the_colours_values(tmp_path: Path) -> None:
+    config = {"architecture": "resnet18", "model_args": {"in_chans": 1},
+              "pretrained_cfg": {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.2, 0.2]}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = resolve_model(save_anything(tmp_path / "model.safetensors"))
+    assert spec.mean == pytest.approx((0.4,))
+    assert spec.std == pytest.approx((0.2,))
+
+
 # --- what cannot be used
 
 
@@ -208,7 +228,13 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, missing: int) -> N
         (description(mean=[0.5], std=[0.5]), "mean and std must have 3 values, one a colour channel"),
         (description(architecture_args={"in_chans": 1}), "mean and std must have 1 value, as in_chans is 1"),
         (description(architecture_args={"in_chans": 1}, mean=[0.5]), "mean and std must have 1 value"),
-        (description(architecture_args={"in_chans": 4}, mean=[0.5] * 4, std=[0.5] * 4), "in_chans must be 3 .* or 1"),
+        (description(architecture_args={"in_chans": 4}), "mean and std must have 4 values"),
+        (
+            description(architecture_args={"in_chans": 5}, mean=[0.5] * 5, std=[0.5] * 5),
+            "'channels' what each one sees",
+        ),
+        (description(channels=["red", "infrared", "blue"]), "channels may be red, .* found infrared"),
+        (description(channels=["red"]), "must name what each of 3 channels sees"),
         (description(std=[0.5, 0.5, 0.0]), "std must be above 0"),
         (description(architecture_args=3), "wrong kind"),
         ("[1, 2]", "JSON object"),

@@ -18,7 +18,8 @@ from sqlalchemy import select
 import dino_index.snapshots
 from dino_index.catalog import RemovalRow, SnapshotRow
 from dino_index.errors import CatalogUnavailable, StorageFull
-from dino_index.snapshots import build_index, normalise
+from dino_index.index_types import Choice, Rows, build_index
+from dino_index.snapshots import normalise
 from sample_collections import count_rows
 from vector_shelf import VectorShelf
 
@@ -71,7 +72,7 @@ def test_a_snapshot_holds_everything_and_the_catalog_points_to_it(shelf: VectorS
     assert shelf.snapshots()[-1].name == name
     index = faiss.read_index(str(shelf.snapshots()[-1]))
     assert index.ntotal == 35
-    assert sorted(dino_index.snapshots.snapshot_ids(index)) == sorted(shelf.vectors)
+    assert sorted(faiss.vector_to_array(index.id_map)) == sorted(shelf.vectors)  # type: ignore[attr-defined]
     assert generation == shelf.index().generation
 
 
@@ -106,10 +107,10 @@ def test_removals_are_forgotten_once_the_snapshot_is_newer(shelf: VectorShelf) -
 def test_what_is_recorded_while_a_snapshot_is_written_is_found(
     shelf: VectorShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build_slowly(found: dino_index.snapshots.Vectors) -> faiss.Index:
+    def build_slowly(choice: Choice, rows: Rows) -> tuple[faiss.Index, Choice]:
         shelf.put(**vectors(3, "meanwhile"))
         shelf.remove(*list(shelf.vectors)[:2])
-        return build_index(found)
+        return build_index(choice, rows)
 
     monkeypatch.setattr(dino_index.snapshots, "build_index", build_slowly)
     shelf.compact()

@@ -12,10 +12,11 @@ from dino_index.vector_index import VectorIndex
 from vector_shelf import VectorShelf, unit
 
 DIM = 8
+pytestmark = pytest.mark.usefixtures("database")
 
 
 @pytest.fixture
-def shelf(home: Path) -> Iterator[VectorShelf]:
+def shelf(home: Path, database: str) -> Iterator[VectorShelf]:
     shelf = VectorShelf(home, DIM)
     yield shelf
     shelf.catalog.close()

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import io
 import json
 import os
+import re
 import tarfile
 import tracemalloc
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,22 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from bad_files import encoded, make_bad_files, make_good_files, picture, png_16_bit
-from dino_index.errors import ImageError, LabelFileError, NoImagesFound, SourceNotFound
+from dino_index.errors import ImageError, LabelFileError, ManifestError, NoImagesFound, SourceNotFound
 from dino_index.images import decode
 from dino_training.image_source import ImageSource
-from sample_collections import jpeg, write_pictures
+from sample_collections import jpeg, write_pictures, write_shard
 
 NO_IMAGE = b"This is not a picture.\n" * 20
 posix_only = pytest.mark.skipif(os.name != "posix", reason="links need a POSIX system")
-
-
-def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def names_below(source: ImageSource, root: Path) -> list[str]:
@@ -96,6 +86,7 @@ def test_text_manifest_names_images_relative_to_itself(tmp_path: Path) -> None:
     manifest.write_text(f"../photos/ü.jpg\r\n\n  \n3.jpg\n{first}\n./3.jpg", encoding="utf-8")
     source = ImageSource.open([manifest])
     assert source.names == [str(second), str(third), str(first)]
+    assert source.skipped == {"named again": 1}
     assert len(ImageSource.open([manifest, tmp_path])) == 3
 
 
@@ -127,34 +118,53 @@ def test_manifest_may_name_shards_and_label_them(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     (tmp_path / "list.csv").write_text("path,label\ns.tar,lion\na.jpg,\n")
     source = ImageSource.open([tmp_path / "list.csv"], labels="folders")
-    assert names_below(source, tmp_path) == ["a.jpg", "s.tar!1.jpg", "s.tar!2.jpg"]
+    assert names_below(source, tmp_path) == ["a.jpg", "s.tar/1.jpg", "s.tar/2.jpg"]
     assert source.labels == [tmp_path.name, "lion", "lion"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "error", "message"),
+    ("name", "content", "message"),
     [
-        ("list.txt", "a.jpg\n\nno such.jpg\n", SourceNotFound, "list.txt, line 3: .* found none at .*no such.jpg"),
-        ("list.txt", "a.jpg\nfolder\n", SourceNotFound, "list.txt, line 2: .*is a folder"),
-        ("list.txt", "a\0.jpg\n", SourceNotFound, "list.txt, line 1: .*null"),
-        ("list.txt", "a.tar.gz\n", SourceNotFound, "a.tar.gz: .*compressed"),
-        ("list.csv", "file,label\na.jpg,cat\n", LabelFileError, "list.csv must have the column path .*file, label"),
-        ("list.csv", "", LabelFileError, "found nothing"),
-        ("list.csv", "path,label\na.jpg,cat\n,cat\n", LabelFileError, "list.csv, line 3: expected a path"),
-        ("list.csv", "label,path\ncat\n", LabelFileError, "list.csv, line 2: expected a path, found None"),
-        ("list.jsonl", '{"path": "a.jpg"}\n{"path"\n', LabelFileError, "list.jsonl, line 2: expected JSON"),
-        ("list.jsonl", '["a.jpg"]\n', LabelFileError, "list.jsonl, line 1: expected an object with the key path"),
-        ("list.jsonl", '{"path": 3}\n', LabelFileError, "list.jsonl, line 1: expected a path, found 3"),
-        ("list.jsonl", '{"path": "a.jpg", "label": [1]}\n', LabelFileError, r"line 1: .* as label, found \[1\]"),
+        ("list.csv", "file,label\na.jpg,cat\n", "list.csv must have the column path .*file, label"),
+        ("list.csv", "", "found nothing"),
+        ("list.csv", "path,label\na.jpg,cat\n,cat\n", "list.csv, line 3: expected a path"),
+        ("list.csv", "label,path\ncat\n", "list.csv, line 2: expected a path, found None"),
+        ("list.jsonl", '{"path": "a.jpg"}\n{"path"\n', "list.jsonl, line 2: expected JSON"),
+        ("list.jsonl", '["a.jpg"]\n', "list.jsonl, line 1: expected an object with the key path"),
+        ("list.jsonl", '{"path": 3}\n', "list.jsonl, line 1: expected a path, found 3"),
+        ("list.jsonl", '{"path": "a.jpg", "label": [1]}\n', r"line 1: .* as label, found \[1\]"),
     ],
 )
 def test_mistakes_in_a_manifest_are_named_with_their_line(
-    tmp_path: Path, name: str, content: str, error: type[Exception], message: str
+    tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     write_pictures(tmp_path, "a.jpg", "folder/b.jpg", "a.tar.gz")
     (tmp_path / name).write_text(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ManifestError, match=message):
         ImageSource.open([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        ("no such.jpg", "vanished", "list.txt, line 2: .* found none at .*no such.jpg"),
+        ("no such.tar", "vanished", "list.txt, line 2: .* found none at .*no such.tar"),
+        ("folder", "not_a_file", "list.txt, line 2: .*is a folder"),
+        ("a\0.jpg", "unreadable", "list.txt, line 2: .*null"),
+        ("a.tar.gz", "unsupported", "list.txt, line 2: .*compressed"),
+    ],
+)
+def test_what_a_manifest_names_and_is_not_there_is_a_failure(
+    tmp_path: Path, line: str, reason: str, message: str
+) -> None:
+    write_pictures(tmp_path, "a.jpg", "b.jpg", "folder/c.jpg", "a.tar.gz")
+    (tmp_path / "list.txt").write_text(f"a.jpg\n{line}\nb.jpg\n")
+    source = ImageSource.open([tmp_path / "list.txt"])
+    assert names_below(source, tmp_path) == ["a.jpg", "b.jpg"]
+    ((failed, error),) = source.failures.items()
+    assert failed == str(tmp_path / line.replace("\0", r"\x00"))
+    assert error.reason == reason
+    assert re.search(message, str(error))
 
 
 # --- shards
@@ -165,7 +175,7 @@ def test_images_in_shards_are_read_like_files(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
     shard = write_shard(tmp_path / "good.tar", files)
     source = ImageSource.open([shard])
-    assert source.names == [f"{shard}!{name}" for name in files]
+    assert source.names == [f"{shard}/{name}" for name in files]
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(source.load, range(len(source))))
     assert_same_pixels(loaded, [decode(data).pixels_HWC for data in files.values()])
@@ -177,8 +187,8 @@ def test_shards_directly_in_a_folder_are_read_after_its_files(tmp_path: Path) ->
         write_shard(tmp_path / name, {"a.jpg": jpeg(1)})
     (tmp_path / "none.tar").touch()
     source = ImageSource.open([tmp_path, tmp_path / "2.tar"])
-    assert names_below(source, tmp_path) == ["z.jpg", "sub/y.jpg", "2.tar!a.jpg", "1.tar!a.jpg"]
-    assert source.ignored == {"archive": 1, "empty": 1}
+    assert names_below(source, tmp_path) == ["z.jpg", "sub/y.jpg", "2.tar/a.jpg", "1.tar/a.jpg"]
+    assert source.ignored == {"tar shard": 1, "empty": 1}
     source = ImageSource.open([tmp_path, tmp_path / "sub"])
     assert len(source) == 5
     assert source.ignored == {"empty": 1}
@@ -193,7 +203,7 @@ def test_members_that_are_no_image_are_counted(tmp_path: Path) -> None:
         tar.addfile(folder)
         tar.addfile(link)
     source = ImageSource.open([shard])
-    assert source.names == [f"{shard}!1.jpg", f"{shard}!./2.PNG"]
+    assert source.names == [f"{shard}/1.jpg", f"{shard}/2.PNG"]
     assert source.ignored == {"shard member": 7}
     assert source.failures == {}
 
@@ -213,7 +223,7 @@ def test_images_before_the_cut_of_a_truncated_shard_are_used(tmp_path: Path, cut
         }[cut]
     )
     source = ImageSource.open([whole])
-    assert names_below(source, tmp_path) == ["a.tar!0.jpg", "a.tar!1.jpg"]
+    assert names_below(source, tmp_path) == ["a.tar/0.jpg", "a.tar/1.jpg"]
     assert_same_pixels(load_all(source), [decode(jpeg(0)).pixels_HWC, decode(jpeg(1)).pixels_HWC])
     assert source.failures[str(whole)].reason == "truncated"
     assert "the 2 images before" in str(source.failures[str(whole)])
@@ -242,7 +252,7 @@ def test_bad_members_fail_for_the_reason_of_bad_files(tmp_path: Path) -> None:
     for position in range(len(source)):
         with pytest.raises(ImageError):
             source.load(position)
-    found = {name.split("!")[1]: error.reason for name, error in source.failures.items()}
+    found = {os.path.basename(name): error.reason for name, error in source.failures.items()}
     assert found == {name: reasons[name] for name in bad}
 
 
@@ -269,7 +279,7 @@ def test_labels_from_folders_are_those_of_indexing_and_of_folders_in_shards(tmp_
     assert source.labels is not None
     assert dict(zip(names_below(source, tmp_path), source.labels, strict=True)) == {
         "set/cats/1.jpg": "cats", "set/cats/deep/2.jpg": "cats", "set/dogs/3.jpg": "dogs", "set/loose.jpg": None,
-        "birds/4.jpg": "birds", "s.tar!cows/5.jpg": "cows", "s.tar!./cows/x/6.jpg": "cows", "s.tar!7.jpg": None,
+        "birds/4.jpg": "birds", "s.tar/cows/5.jpg": "cows", "s.tar/cows/x/6.jpg": "cows", "s.tar/7.jpg": None,
     }  # fmt: skip
 
 
@@ -277,11 +287,18 @@ def test_labels_from_a_csv_file_and_a_manifest_before_it(tmp_path: Path) -> None
     write_pictures(tmp_path, "set/1.jpg", "set/2.jpg", "set/3.jpg")
     write_shard(tmp_path / "set/s.tar", {"4.jpg": jpeg(4)})
     labels = tmp_path / "labels.csv"
-    labels.write_text("path,label\n1.jpg,one\n2.jpg,two\ns.tar!4.jpg,four\nnot there.jpg,five\n")
+    labels.write_text("path,label\n1.jpg,one\n2.jpg,two\ns.tar/4.jpg,four\nnot there.jpg,five\n")
     assert ImageSource.open([tmp_path / "set"], labels=str(labels)).labels == ["one", "two", None, "four"]
     (tmp_path / "list.csv").write_text("path,label\nset/1.jpg,uno\n")
     source = ImageSource.open([tmp_path / "set", tmp_path / "list.csv"], labels=str(labels))
     assert source.labels == ["uno", "two", None, "four"]
+
+
+def test_labels_inside_shards_count_where_nothing_else_does(tmp_path: Path) -> None:
+    members = {"1.jpg": jpeg(1), "1.cls": b"3", "cows/2.jpg": jpeg(2), "cows/2.cls": b"4"}
+    shard = write_shard(tmp_path / "s.tar", members)
+    assert ImageSource.open([shard]).labels is None
+    assert ImageSource.open([shard], labels="folders").labels == ["3", "cows"]
 
 
 def test_label_file_without_its_columns_is_an_error(tmp_path: Path) -> None:
@@ -420,7 +437,7 @@ def test_cached_images_are_the_same_as_those_decoded_when_asked_for(tmp_path: Pa
     assert {name: str(error) for name, error in plain.failures.items()} == {
         name: str(error) for name, error in cached.failures.items()
     }
-    position = cached.names.index(str(tmp_path / "s.tar!3.jpg"))
+    position = cached.names.index(str(tmp_path / "s.tar/3.jpg"))
     assert cached.load(position) is cached.load(position)
     assert plain.load(position) is not plain.load(position)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -396,6 +397,22 @@ def test_a_resumed_run_from_weights_equals_an_uninterrupted_one_and_needs_them_n
     gone.unlink()
     pretrain([images], tmp_path / "stopped", recipe, init=gone, resume=True)
     assert_same(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
+
+
+def test_a_pytorch_checkpoint_is_where_a_run_starts_too(images: Path, weights: Path, tmp_path: Path) -> None:
+    given = {f"backbone.{name}": tensor for name, tensor in load_file(weights).items()}
+    torch.save({"teacher": given | {"head.mlp.0.bias": torch.zeros(2)}}, tmp_path / "mine.pth")
+    with safe_open(weights, "pt") as file:
+        described = json.loads(file.metadata()["dino_search"])
+    described.pop("card", None)
+    (tmp_path / "mine.json").write_text(json.dumps(described))
+    remarks: list[str] = []
+    pretrain(
+        [images], tmp_path / "run", tiny_recipe(), init=tmp_path / "mine.pth", should_stop=stop_after(1),
+        on_remark=remarks.append,
+    )  # fmt: skip
+    assert_same(backbone_of(final_state(tmp_path / "run")), given)
+    assert "mine.pth: the projection head is left out (1 tensors)" in remarks
 
 
 def test_figures_that_got_worse_are_said_to_have_and_the_weights_to_keep(

