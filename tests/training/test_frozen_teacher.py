@@ -464,3 +464,15 @@ def test_the_card_names_the_teacher(real_pictures: Path, tmp_path: Path, teacher
     card = json.loads(metadata_of(tmp_path / "run" / "backbone.safetensors"))["card"]
     assert (card["method"], card["teacher"]) == ("distilled from a frozen teacher", str(teacher))
     assert load_file(tmp_path / "run" / "backbone.safetensors")["cls_token"].shape == (1, 1, 32)
+
+
+def test_without_a_head_existing_weights_train_from_the_first_step(tmp_path: Path, teacher: Path) -> None:
+    images = write_noise(tmp_path / "images", 40)
+    recipe = tiny_recipe(
+        teacher="frozen", teacher_model=str(teacher), loss="infonce", num_negatives=0, head_layers=0, whiten_dim=32,
+        init_head_warmup_epochs=1.0, epochs=1,
+    )  # fmt: skip
+    first = pretrain([images], tmp_path / "first", recipe)
+    again = pretrain([images], tmp_path / "again", recipe, init=first.run / "backbone.safetensors", resume=False)
+    weights = [load_file(summary.run / "backbone.safetensors") for summary in (first, again)]
+    assert not torch.equal(weights[0]["blocks.0.attn.qkv.weight"], weights[1]["blocks.0.attn.qkv.weight"])

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dino_index.errors import RecipeError
 from dino_training.head import Predictor, ProjectionHead, Prototypes
 from dino_training.networks import Network, Teacher, build_backbone
 from dino_training.recipe import Recipe
@@ -93,6 +94,17 @@ def test_the_widths_are_those_of_the_recipe() -> None:
     assert shapes == [(HIDDEN, D), (HIDDEN, HIDDEN), (C, HIDDEN)]
     assert head.last_layer is not None
     assert head.last_layer(head(features())).shape == (B, K)
+
+
+def test_without_layers_the_features_themselves_are_projected() -> None:
+    head = ProjectionHead(D, recipe(head_layers=0, head_bottleneck=D, loss="infonce", centring="none"))
+    assert list(head.parameters()) == []
+    torch.testing.assert_close(head(features()), torch.nn.functional.normalize(features(), dim=1))
+
+
+def test_without_layers_features_of_another_width_are_refused() -> None:
+    with pytest.raises(RecipeError, match=f"expected head_bottleneck {D} .* found {C}"):
+        ProjectionHead(D, recipe(head_layers=0))
 
 
 def test_a_loss_without_prototypes_has_none() -> None:

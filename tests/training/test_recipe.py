@@ -185,7 +185,7 @@ def test_the_last_of_several_settings_counts() -> None:
         ("learning_rate=-1", "learning_rate must be 0 or more"),
         ("num_evaluated=7", "num_evaluated must be 8 or more"),
         ("log_every_steps=0", "log_every_steps must be 1 or more"),
-        ("head_layers=0", "head_layers must be 1 or more"),
+        ("head_layers=-1", "head_layers must be 0 or more"),
         ("flip_prob=1.5", "flip_prob must be between 0 and 1, found 1.5"),
         ("momentum=-0.1", "momentum must be between 0 and 1"),
         ("student_temperature=0", "student_temperature must be above 0"),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_index.errors import RecipeError
 from dino_training.recipe import Recipe
 
 
@@ -18,14 +19,23 @@ class ProjectionHead(nn.Module):
     """D -> hidden -> ... -> C, scaled to unit length, -> K (facebookresearch/dino at 7c446df, DINOHead).
 
     Weights start from a normal of deviation .02 truncated at 2 (in units of the values, so hardly ever), biases from 0;
-    the prototypes from PyTorch's default for a linear layer.
+    the prototypes from PyTorch's default for a linear layer. Without layers, features are scaled to unit length as
+    they are.
     """
 
     def __init__(self, in_features: int, recipe: Recipe) -> None:
         super().__init__()
         assert isinstance(recipe.num_prototypes, int)
-        widths = [in_features, *[recipe.head_hidden] * (recipe.head_layers - 1), recipe.head_bottleneck]
-        self.mlp = _mlp(widths, recipe.head_batch_norm)
+        if recipe.head_layers:
+            widths = [in_features, *[recipe.head_hidden] * (recipe.head_layers - 1), recipe.head_bottleneck]
+            self.mlp = _mlp(widths, recipe.head_batch_norm)
+        elif in_features == recipe.head_bottleneck:
+            self.mlp = nn.Sequential()
+        else:
+            raise RecipeError(
+                f"head_layers 0 projects the backbone's {in_features} features themselves: expected head_bottleneck "
+                f"{in_features} (with a frozen teacher: whiten_dim), found {recipe.head_bottleneck}"
+            )
         self.last_layer = (
             Prototypes(recipe.head_bottleneck, recipe.num_prototypes, fixed_length=recipe.norm_last_layer)
             if recipe.uses_prototypes

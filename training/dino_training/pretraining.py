@@ -214,7 +214,8 @@ class Training:
         self.center = Center(width, recipe).to(device)
         self.negatives_NC = torch.zeros(0, recipe.head_bottleneck, device=device)
         self._new_negatives: list[Tensor] = []
-        self.head_warmup_steps = self._steps(recipe.init_head_warmup_epochs) if spec is not None else 0
+        has_new_head = any(True for _ in self.student.head.parameters())
+        self.head_warmup_steps = self._steps(recipe.init_head_warmup_epochs) if spec is not None and has_new_head else 0
 
         # -- optimiser
         optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -100,7 +100,8 @@ class Recipe:
 
     # -- projection head
     head_layers: int = 3
-    """Linear layers before the prototypes."""
+    """Linear layers before the prototypes. 0: none, the features themselves are projected, all `head_bottleneck` of
+    them: the backbone then cannot leave to a head what an edit changes, and its own cosines are what is trained."""
     head_hidden: int = 2048
     """Width of the hidden layers."""
     head_bottleneck: int = 256
@@ -472,7 +473,7 @@ _FRACTIONS = (
 )  # fmt: skip
 _AT_LEAST = {
     "seed": 0, "global_size": 8, "export_size": 0, "local_size": 8, "num_global_views": 1, "num_local_views": 0,
-    "head_layers": 1, "head_hidden": 1, "head_bottleneck": 1, "num_prototypes": 1, "teacher_size": 0, "whiten_dim": 1,
+    "head_layers": 0, "head_hidden": 1, "head_bottleneck": 1, "num_prototypes": 1, "teacher_size": 0, "whiten_dim": 1,
     "num_negatives": 0,
     "koleo_weight": 0, "epochs": 1, "batch_size": 1, "gradient_accumulation": 1, "learning_rate": 0, "warmup_epochs": 0,
     "min_learning_rate": 0, "weight_decay": 0, "final_weight_decay": 0, "clip_grad": 0, "freeze_last_layer_epochs": 0,
