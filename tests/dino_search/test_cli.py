@@ -132,6 +132,27 @@ def test_index_prunes_and_refuses_to(dino_search: Command, filled: Path) -> None
     assert (everything.code, everything.json()["removed"], everything.json()["images"]) == (0, 4, 0)
 
 
+def test_index_builds_the_type_that_is_asked_for_and_info_says_why(
+    dino_search: Command, photos: Path, tiny_model: Path
+) -> None:
+    write_pictures(photos, *(f"more/{number}.jpg" for number in range(40)), seed=500)
+    assert dino_search("index", photos, "--model", tiny_model, "--index-type", "HNSW8").code == 0
+    facts = dino_search("info", "--json").json()
+    assert (facts["index_type"], facts["index_type_asked"]) == ("HNSW8", "HNSW8")
+    assert "asked" in facts["index_reason"]
+    found = dino_search("search", photos / "cat/0.jpg", "-k", "3", "--json").json()["results"]
+    assert (len(found), found[0]["score"]) == (3, 1.0)
+
+
+def test_an_unknown_index_type_is_refused_before_anything_is_indexed(
+    dino_search: Command, photos: Path, tiny_model: Path
+) -> None:
+    ended = dino_search("index", photos, "--model", tiny_model, "--index-type", "nonsense")
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert "nonsense" in ended.err
+    assert dino_search("info").code == 1
+
+
 def test_running_index_again_loads_no_torch(photos: Path, dino_search: Command) -> None:
     assert dino_search("index", photos / "cat").code == 0
     script = (
