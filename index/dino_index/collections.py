@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SettingRow, So
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.errors import CollectionError, CollectionNotFound, FingerprintMismatch, ModelNotFound
 from dino_index.image_paths import is_url, separator_of
-from dino_index.model_files import BUNDLED_VERSION, ModelSpec, resolve_model
+from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model
 
 _PENDING_MODEL = "reindex:"
 
@@ -147,6 +148,11 @@ def model_of(collection: CollectionInfo, models: Path | None = None) -> ModelSpe
         weights_path = models / weights_path.name
     if collection.model_name == BUNDLED_VERSION:
         spec = resolve_model(collection.model_name, pooling=config["pooling"], input_size=config["input_size"])
+    elif not weights_path.is_file() and re.fullmatch(rf"{BUNDLED}_v\d+", collection.model_name):
+        raise ModelNotFound(
+            f"collection {collection.name!r} was built with {collection.model_name}, and this version brings "
+            f"{BUNDLED_VERSION}; run: dino-search reindex -c {shlex.quote(collection.name)} --model {BUNDLED}"
+        )
     elif not weights_path.is_file():
         fetch = "" if os.sep in collection.model_name else f"fetch it: dino-search models get {collection.model_name}, "
         raise ModelNotFound(

@@ -57,11 +57,11 @@ def images_per_second(photographs: Path, recipe: Recipe, num_steps: int, *, read
     return float(statistics.median(rates[WARMUP_STEPS:]))
 
 
-def lightly_images_per_second(python: str, photographs: Path, batch_size: int, num_steps: int) -> float:
+def lightly_images_per_second(python: str, precision: str, photographs: Path, batch_size: int, num_steps: int) -> float:
     script = Path(__file__).with_name("lightly_train_baseline.py")
     command = [python, str(script), "--images", str(photographs), "--batch-size", str(batch_size)]
     command += ["--steps", str(WARMUP_STEPS + num_steps), "--warmup-steps", str(WARMUP_STEPS)]
-    command += ["--prototypes", "8192", "--local-views", "6", "--precision", "32-true"]
+    command += ["--prototypes", "8192", "--local-views", "6", "--precision", precision]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return float(json.loads(done.stdout)["images_per_second"])
 
@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lightly", metavar="PYTHON", help="interpreter of an environment with lightly-train")
+    parser.add_argument(
+        "--lightly-precision", choices=["32-true", "bf16-mixed"], default="32-true", help="its own choice is 32-true"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(
         "small",
@@ -90,7 +93,13 @@ def main() -> None:
                 rates[kind].append(images_per_second(photographs, recipe, arguments.steps, ready_made=ready_made))
             if arguments.lightly:
                 rates["lightly"].append(
-                    lightly_images_per_second(arguments.lightly, photographs, arguments.batch_size, arguments.steps)
+                    lightly_images_per_second(
+                        arguments.lightly,
+                        arguments.lightly_precision,
+                        photographs,
+                        arguments.batch_size,
+                        arguments.steps,
+                    )
                 )
     print(f"DINO, ViT-Ti/8, 2 x 64 px + 6 x 32 px, K 8192, batch {arguments.batch_size}")
     report("whole step", rates["whole"], "images/s")

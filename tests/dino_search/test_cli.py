@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,20 @@ def test_an_unknown_index_type_is_refused_before_anything_is_indexed(
     assert (ended.code, len(ended.err.splitlines())) == (1, 1)
     assert "nonsense" in ended.err
     assert dino_search("info").code == 1
+
+
+def test_a_collection_of_an_earlier_bundled_model_names_the_way_to_the_present_one(
+    dino_search: Command, filled: Path, home: Path, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(home / "catalog.sqlite3")) as catalog:
+        catalog.execute("UPDATE model SET name = 'bundled_v1', config = json_set(config, '$.weights_path', '/gone')")
+        catalog.commit()
+    unknown = write_pictures(tmp_path, "unknown.jpg", seed=77)[0]
+    ended = dino_search("search", unknown)
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert "run: dino-search reindex -c default --model bundled" in ended.err
+    assert dino_search("reindex", "--model", "bundled").code == 0
+    assert dino_search("search", unknown).code == 0
 
 
 def test_running_index_again_loads_no_torch(photos: Path, dino_search: Command) -> None:
@@ -385,7 +401,7 @@ def test_the_demonstration_runs_twice(dino_search: Command, tmp_path: Path, monk
         assert ended.code == 0
         lines = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
         assert list(lines) == ["indexed", "searched", "classified", "open", "try"]
-        assert lines["indexed"].startswith("10 images with bundled_v2")
+        assert lines["indexed"].startswith("10 images with bundled_v3")
         assert lines["searched"].startswith("4 of 4")
         page = (out / "contact-sheet.html").read_text("utf-8")
         assert page.count("<section>") == 4
@@ -424,7 +440,7 @@ FAILURES = {
     "bad labels": (("index", "{photo}", "--labels", "{tmp}/bad.jpg"), "must have the columns path and label"),
     "missing model": (("index", "{photo}", "--model", "{tmp}/no.safetensors"), "expected 'bundled' or the path"),
     "bad model": (("index", "{photo}", "--model", "{tmp}/bad.jpg"), "no safetensors file"),
-    "another model": (("index", "{photo}", "--model", "bundled"), "was built with .* not with bundled_v2"),
+    "another model": (("index", "{photo}", "--model", "bundled"), "was built with .* not with bundled_v3"),
     "another pooling": (("index", "{photo}", "--pooling", "reference"), "was built with"),
     "unknown id": (("remove", "123456"), "no image for 123456"),
     "unknown folder": (("remove", "{tmp}/empty"), "no image for .*empty"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from dino_training.checkpoints import load_checkpoint
 from dino_training.pretraining import pretrain
 from dino_training.recipe import Recipe
-from tiny_runs import TINY_RUN, events, leave_out_pictures, stop_after, write_noise
+from tiny_runs import TINY_RUN, events, quick_runs, stop_after, write_noise
 
 State = dict[str, Tensor]
 
@@ -71,8 +71,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
             known[key] = _train(images, out, num_steps, Recipe(**BASE | changed))
         return known[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch)
+    with quick_runs():
         yield run
 
 
