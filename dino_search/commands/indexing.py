@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dino_index.model_files import BUNDLED_VERSION, RECOMMENDED
-from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, complain, print_json, print_line, tell
+from dino_search.commands.output import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    BatchSizeOption,
+    CollectionOption,
+    DeviceOption,
+    HomeOption,
+    JsonOption,
+    MaxBytesOption,
+    MaxPixelsOption,
+    PoolingOption,
+    WorkersOption,
+    complain,
+    print_json,
+    print_line,
+    tell,
+)
 from dino_search.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
@@ -54,10 +70,7 @@ def index(
         int | None,
         typer.Option(metavar="PIXELS", help="Side of the square the model sees.", show_default="the model's"),
     ] = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's"),
-    ] = None,
+    pooling: PoolingOption = None,
     index_type: Annotated[
         str | None,
         typer.Option(
@@ -66,17 +79,11 @@ def index(
             show_default="the collection's",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
-    batch_size: Annotated[
-        int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
-    ] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Threads that decode; 0: one a processor.")] = 0,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_PIXELS", help="Refuse larger pictures.")
-    ] = 200_000_000,
-    max_bytes: Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_BYTES", help="Refuse larger files.")] = 256
-    * 1024
-    * 1024,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 0,
+    workers: WorkersOption = 0,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_bytes: MaxBytesOption = MAX_BYTES,
     as_json: JsonOption = False,
 ) -> None:
     """Add new and changed images, skip unchanged ones."""

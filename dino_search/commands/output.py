@@ -18,6 +18,17 @@ HomeOption = Annotated[
         "--home", envvar="DINO_SEARCH_HOME", help="Folder of catalog and indexes.", show_default="user data folder"
     ),
 ]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")]
+PoolingOption = Annotated[
+    str | None, typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's")
+]
+BatchSizeOption = Annotated[
+    int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
+]
+WorkersOption = Annotated[int, typer.Option(min=0, help="Threads that decode; 0: one a processor.")]
+MaxPixelsOption = Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_PIXELS", help="Refuse larger pictures.")]
+MaxBytesOption = Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_BYTES", help="Refuse larger files.")]
+MAX_PIXELS, MAX_BYTES = 200_000_000, 256 * 1024 * 1024
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 

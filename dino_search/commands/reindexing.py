@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dino_search.commands.indexing import progress_bar, require_choice
-from dino_search.commands.output import CollectionOption, HomeOption, JsonOption, print_json, print_line, tell
+from dino_search.commands.output import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    BatchSizeOption,
+    CollectionOption,
+    DeviceOption,
+    HomeOption,
+    JsonOption,
+    MaxBytesOption,
+    MaxPixelsOption,
+    PoolingOption,
+    WorkersOption,
+    print_json,
+    print_line,
+    tell,
+)
 from dino_search.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
@@ -22,24 +37,15 @@ def reindex(
     model: Annotated[str, typer.Option(metavar="NAME|FILE", help="As for index.")],
     collection: CollectionOption = "default",
     home: HomeOption = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(metavar="normalised|reference", help="GeM pooling.", show_default="the collection's"),
-    ] = None,
+    pooling: PoolingOption = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Enter images whose file cannot be read any more as failed.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
-    batch_size: Annotated[
-        int, typer.Option(min=0, max=4096, help="Pictures in one forward pass; 0: what suits the device.")
-    ] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Threads that decode; 0: one a processor.")] = 0,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_PIXELS", help="Refuse larger pictures.")
-    ] = 200_000_000,
-    max_bytes: Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_BYTES", help="Refuse larger files.")] = 256
-    * 1024
-    * 1024,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 0,
+    workers: WorkersOption = 0,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_bytes: MaxBytesOption = MAX_BYTES,
     as_json: JsonOption = False,
 ) -> None:
     """Give a collection another model; ids and labels stay, and it can be searched meanwhile."""
