@@ -30,10 +30,12 @@ from dino_index.image_files import list_images
 from dino_index.images import decode
 from dino_index.indexing import IndexOptions, Progress, index_paths
 from dino_index.model_files import BUNDLED, ModelSpec, resolve_model
+from dino_index.model_store import models_folder
 from dino_index.recording import Sources
 from dino_index.snapshots import write_snapshot
 from dino_index.vector_index import VectorIndex
 from dino_search.demonstration import PHOTOGRAPHS
+from dino_search.home import default_database
 
 SIZES = (10_000, 100_000, 1_000_000)
 
@@ -119,10 +121,10 @@ def run_benchmark(
     with tempfile.TemporaryDirectory(prefix="dino-search-bench-") as scratch_name:
         scratch = Path(scratch_name)
         pictures = _pictures(images)
-        catalog = Catalog.open(home)
+        catalog = Catalog.open(home, url=default_database())
         try:
             collection = _existing_collection(catalog, collection_name)
-            spec = model_of(collection) if collection else resolve_model(BUNDLED)
+            spec = model_of(collection, models_folder(home)) if collection else resolve_model(BUNDLED)
             on_stage("decoding")
             decoding, megapixels = _measure_decoding(pictures, spec.input_size, seconds_a_stage)
             on_stage("forward passes")

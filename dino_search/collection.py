@@ -127,15 +127,12 @@ class Collection:
         """
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
-        if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=True, url=self._database)
-        assert self._catalog is not None
         return index_paths(
-            self._catalog,
+            self._created_catalog(),
             self.name,
             paths,
             self._model,
-            lambda: resolve_default(Models(self.home).default(), self.home),
+            lambda: resolve_default(Models(self.home, self._database).default(), self.home),
             options or IndexOptions(),
             device=self._device,
             on_progress=on_progress,
@@ -360,10 +357,7 @@ class Collection:
         from dino_index.imports import import_collection
 
         read_description(Path(folder))  # a wrong folder must not bring a home into being
-        if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=True)
-        assert self._catalog is not None
-        return import_collection(self._catalog, self.name, Path(folder), self._model, on_part=on_part)
+        return import_collection(self._created_catalog(), self.name, Path(folder), self._model, on_part=on_part)
 
     def relocate(self, old: str, new: StrPath, *, everywhere: bool = False, unchecked: bool = False) -> Relocation:
         """Rewrites the paths of images below a folder that was moved; nothing is read or embedded again.
@@ -400,7 +394,7 @@ class Collection:
         with catalog.reading() as session:
             embedded_for, collection = collection, find_collection(session, self.name)
             if collection.model_id != embedded_for.model_id:  # by a reindex that has just switched
-                return self._search(images, k, labelled=labelled, min_score=min_score)
+                return self._search(images, k, labelled=labelled, min_score=min_score, filters=filters)
             if self._vectors is None or not self._vectors.is_current(session, collection):
                 self._vectors = VectorIndex.load(catalog, session, collection)
             if not len(self._vectors):
@@ -453,6 +447,12 @@ class Collection:
         if self._backbone is None or self._backbone.spec.fingerprint != collection.fingerprint:
             self._backbone = Backbone(model_of(collection, models_folder(self.home)), device=self._device)
         return self._backbone
+
+    def _created_catalog(self) -> Catalog:
+        if self._catalog is None:
+            self._catalog = Catalog.open(self.home, create=True, url=self._database)
+        assert self._catalog is not None
+        return self._catalog
 
     def _existing_catalog(self) -> Catalog:
         if self._catalog is None:

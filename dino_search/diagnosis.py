@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dino_index.errors import DinoSearchError
+from dino_search.home import default_database
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -310,28 +311,38 @@ def _database(home: Path) -> Iterator[Check]:
     from dino_index.catalog.database import DATABASE_NAME
     from dino_index.catalog.schema import SCHEMA_REVISION
 
-    path = home / DATABASE_NAME
-    if not path.is_file():
+    path, url = home / DATABASE_NAME, default_database()
+    if url is None and not path.is_file():
         yield Check(name="database", status="ok", found="none yet; the first index makes it")
         return
-    revision = _schema_revision(path)
+    place, revision = _schema_on_server(home, url) if url else (str(path), _schema_revision(path))
+    if url and revision is None:
+        yield Check(name="database", status="ok", found=f"nothing at {place} yet; the first index makes it")
+        return
     if revision is not None and revision < SCHEMA_REVISION:
         # Opening it would change it.
-        found = f"{path} has schema {revision}, this version writes {SCHEMA_REVISION}"
+        found = f"{place} has schema {revision}, this version writes {SCHEMA_REVISION}"
         advice = "any other command brings it up to date, after a copy"
         yield Check(name="database", status="warning", found=found, advice=advice)
         return
-    catalog = Catalog.open(home)
+    catalog = Catalog.open(home, url=url)
     assert catalog is not None
     with closing(catalog), catalog.reading() as session:
         collections = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
         num_images = session.scalars(select(func.count()).select_from(ImageRow)).one()
-    found = (
-        f"{_gigabytes(path.stat().st_size)}, schema {revision}, {num_images} files in {len(collections)} collections"
-    )
+    what = place if url else _gigabytes(path.stat().st_size)
+    found = f"{what}, schema {revision}, {num_images} files in {len(collections)} collections"
     if collections:
         found += f" ({', '.join(collections[:5])}{', ...' if len(collections) > 5 else ''})"
     yield Check(name="database", status="ok", found=found)
+
+
+def _schema_on_server(home: Path, url: str) -> tuple[str, str | None]:
+    """(place without password, revision or None where there is no catalog yet). Raises CatalogUnavailable."""
+    from dino_index.catalog.database import open_store
+
+    with closing(open_store(home, url)) as store, store.errors():
+        return store.place, store.revision()
 
 
 def _schema_revision(path: Path) -> str | None:

@@ -4,7 +4,9 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from bad_files import encoded, exif_orientation, make_good_files, picture
 from databases import open_catalog
 from dino_index.catalog import EmbeddingRow, ImageRow
 from dino_index.catalog.portable_paths import decode_path
+from dino_index.collections import find_collection
 from dino_index.edits import apply_edits
 from dino_index.errors import (
     CollectionEmpty,
@@ -362,3 +365,21 @@ def test_members_of_shards_are_found_searched_by_and_repaired(
     write_contact_sheet(sheet, "Search", [opened.search(member, k=2)])
     assert sheet.read_text().count("data:image/jpeg;base64") == 3
     assert opened.remove([f"{shard}/cat"]) == 4
+
+
+def test_a_search_that_a_switch_of_models_repeats_keeps_its_filter(
+    photos: Path, tiny_model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def switched_after_the_first_call(*arguments: Any) -> Any:
+        calls.append(1)
+        found = find_collection(*arguments)
+        return replace(found, model_id=-1) if len(calls) == 1 else found
+
+    with Collection.open(model=tiny_model) as collection:
+        collection.index(photos, IndexOptions(labels="folders"))
+        monkeypatch.setattr("dino_search.collection.find_collection", switched_after_the_first_call)
+        found = collection.search(photos / "dog/0.jpg", k=8, filters=["label = cat"]).results
+    assert len(calls) > 2
+    assert [result.label for result in found] == ["cat"] * 4

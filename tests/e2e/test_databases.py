@@ -12,6 +12,8 @@ import pytest
 import databases
 import sabotage
 from dino_index.catalog import EmbeddingRow
+from dino_search import Collection
+from dino_search.diagnosis import diagnose
 from forked_commands import CommandLine
 from postgres_server import Catalogs
 from sample_collections import count_rows, findable, ids_of, write_pictures
@@ -91,3 +93,22 @@ def test_a_home_without_the_index_file_searches_the_shared_catalog(
     assert (elsewhere.exit_code, elsewhere.stdout) == (0, expected.stdout)
     assert "rebuilt from the catalog" in elsewhere.stderr
     assert databases.url_of(home) is None
+
+
+@pytest.mark.postgres
+def test_a_given_database_is_the_only_one_that_is_used(
+    postgres: Catalogs, home: Path, photos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.url_of(home)
+    with Collection.open("first", home=home, model=tiny_model, database=url) as first:
+        num_images = first.index(photos).images
+        first.export(tmp_path / "exported")
+    with Collection.open("second", home=home, database=url) as second:
+        assert second.import_from(tmp_path / "exported").images == num_images
+        assert second.info()["images"] == num_images
+    assert not list(home.glob("*.sqlite3"))
+
+    monkeypatch.setenv("DINO_SEARCH_DATABASE", url)
+    (checked,) = (check for check in diagnose(home) if check.name == "database")
+    assert (checked.status, "secret" in checked.found) == ("ok", False)
+    assert checked.found.endswith(f"{2 * num_images} files in 2 collections (first, second)")
