@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dino_index.errors import OutputExists
+from dino_index.image_bytes import DEFAULT_LIMITS
 
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
 HomeOption = Annotated[
@@ -28,7 +29,7 @@ BatchSizeOption = Annotated[
 WorkersOption = Annotated[int, typer.Option(min=0, help="Threads that decode; 0: one a processor.")]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_PIXELS", help="Refuse larger pictures.")]
 MaxBytesOption = Annotated[int, typer.Option(min=1, envvar="DINO_SEARCH_MAX_BYTES", help="Refuse larger files.")]
-MAX_PIXELS, MAX_BYTES = 200_000_000, 256 * 1024 * 1024
+MAX_PIXELS, MAX_BYTES = DEFAULT_LIMITS.max_pixels, DEFAULT_LIMITS.max_bytes
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 
