@@ -1,6 +1,7 @@
 """Backbones: a timm architecture with local weights, loaded strictly, ready to embed pictures.
 
-Shapes: B pictures, H x W pixels, C channels that the model sees of a picture, D channels of a vector.
+Shapes: B pictures, H x W pixels, C channels that the model sees of a picture, D channels of a vector;
+h x w patches, P channels of a patch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dino_index.descriptors import descriptors
+from dino_index.descriptors import descriptors, descriptors_and_patches
 from dino_index.errors import ArchitectureUnknown, ModelError, OutOfMemory, WeightsMismatch
 from dino_index.matrix_products import bfloat16_is_faster
 from dino_index.model_files import ModelSpec
@@ -128,35 +129,38 @@ class Backbone:
         A batch that does not fit into memory is done in halves, and so are later ones.
         Raises OutOfMemory where a single picture does not fit.
         """
-        replica: _Replica = getattr(self._thread, "replica", self._replicas[0])
-        parts: list[tuple[NDArray[np.float16], NDArray[np.float16]]] = []
-        begin = 0
-        while begin < len(pixels_BHWC) or not parts:
-            size = min(len(pixels_BHWC) - begin, replica.max_pictures)
-            if (vectors := self._try_to_embed(replica, pixels_BHWC[begin : begin + size])) is not None:
-                parts.append(vectors)
-                begin += size
-            else:
-                replica.halve(size)
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([cls_BD for cls_BD, _ in parts]), np.concatenate([gem_BD for _, gem_BD in parts])
+        cls_BD, gem_BD = self._embed_in_parts(pixels_BHWC, _Replica.forward)
+        return cls_BD, gem_BD
+
+    def embed_with_patches(
+        self, pixels_BHWC: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.float16]]:
+        """(cls_BD, gem_BD, patches_BhwP): what `embed` gives, and of the same pass a unit vector for each patch.
+
+        See `descriptors_and_patches`. Memory is treated as `embed` does. Raises OutOfMemory.
+        """
+        cls_BD, gem_BD, patches_BhwP = self._embed_in_parts(pixels_BHWC, _Replica.forward_with_patches)
+        return cls_BD, gem_BD, patches_BhwP
 
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
         return self._replicas[0].forward(pixels_BHWC)
 
-    def _try_to_embed(
-        self, replica: _Replica, pixels_BHWC: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float16], NDArray[np.float16]] | None:
-        """None where the pictures do not fit into memory; nothing of the pass is left in it then."""
-        try:
-            cls_BD, gem_BD = replica.forward(torch.from_numpy(pixels_BHWC))
-            return _to_float16(cls_BD), _to_float16(gem_BD)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            return None
+    def _embed_in_parts(
+        self, pixels_BHWC: NDArray[np.uint8], forward: Callable[[_Replica, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[NDArray[np.float16], ...]:
+        """What `forward` gives of this thread's replica, of as many pictures at a time as fit into memory."""
+        replica: _Replica = getattr(self._thread, "replica", self._replicas[0])
+        parts: list[tuple[NDArray[np.float16], ...]] = []
+        begin = 0
+        while begin < len(pixels_BHWC) or not parts:
+            size = min(len(pixels_BHWC) - begin, replica.max_pictures)
+            if (vectors := _try_to_embed(replica, pixels_BHWC[begin : begin + size], forward)) is not None:
+                parts.append(vectors)
+                begin += size
+            else:
+                replica.halve(size)
+        return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _replicas_of_all_devices(self) -> list[_Replica]:
         """A replica on each device; a GPU that has no room for one is left out, with a remark."""
@@ -206,6 +210,13 @@ class _Replica:
     @torch.inference_mode()
     def forward(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """`Backbone.embed_tensor` on this device."""
+        return descriptors(self.model, self._normalised(pixels_BHWC), self._spec.pooling)
+
+    @torch.inference_mode()
+    def forward_with_patches(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return descriptors_and_patches(self.model, self._normalised(pixels_BHWC), self._spec.pooling)
+
+    def _normalised(self, pixels_BHWC: Tensor) -> Tensor:
         # Returns at once for pixels in page-locked memory: the GPU fetches them.
         pixels_BHWC = pixels_BHWC.to(self.device, non_blocking=True)
         pictures_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
@@ -213,8 +224,7 @@ class _Replica:
             shares_C3, constant_C = self._mixing
             pictures_BCHW = torch.einsum("cr,brhw->bchw", shares_C3, pictures_BCHW) + constant_C.view(1, -1, 1, 1)
         pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
-        pictures_BCHW = pictures_BCHW.to(self._dtype, memory_format=torch.channels_last)
-        return descriptors(self.model, pictures_BCHW, self._spec.pooling)
+        return pictures_BCHW.to(self._dtype, memory_format=torch.channels_last)
 
     def halve(self, num_pictures: int) -> None:
         """Takes note that so many pictures do not fit into memory. Raises OutOfMemory where that is one."""
@@ -234,6 +244,18 @@ class _Replica:
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
+
+
+def _try_to_embed(
+    replica: _Replica, pixels_BHWC: NDArray[np.uint8], forward: Callable[[_Replica, Tensor], tuple[Tensor, ...]]
+) -> tuple[NDArray[np.float16], ...] | None:
+    """None where the pictures do not fit into memory; nothing of the pass is left in it then."""
+    try:
+        return tuple(_to_float16(values) for values in forward(replica, torch.from_numpy(pixels_BHWC)))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return None
 
 
 def _choose_attention(model: nn.Module, batch_size: int) -> None:

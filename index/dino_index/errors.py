@@ -44,7 +44,12 @@ DinoSearchError
 │   ├── ExportTooNew        written by a newer version of this program
 │   ├── ExportIncomplete    written without what an import needs
 │   └── ExportDamaged       files are missing, changed, or disagree with the description
+├── CalibrationImpossible   too few queries to tell what scores mean
+├── ActionError
+│   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
+│   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
 ├── LabelFileError          a label file that cannot be read or lacks its columns
+├── VerdictFileError        a file of verdicts that cannot be read, or has rows of no use; none was recorded
 ├── OutputExists            a file that would be overwritten without --force
 └── OutputUnwritable        a result that cannot be written where it should go
 
@@ -271,8 +276,30 @@ class ExportDamaged(ExchangeError):
     code = "export_damaged"
 
 
+class CalibrationImpossible(DinoSearchError):
+    code = "calibration_impossible"
+
+
+class ActionError(DinoSearchError):
+    """Files of duplicates that cannot be acted on as asked."""
+
+    code = "action"
+
+
+class ActionUnsupported(ActionError):
+    code = "action_unsupported"
+
+
+class ActionLogUnusable(ActionError):
+    code = "action_log_unusable"
+
+
 class LabelFileError(DinoSearchError):
     code = "label_file"
+
+
+class VerdictFileError(DinoSearchError):
+    code = "verdict_file"
 
 
 class OutputExists(DinoSearchError):

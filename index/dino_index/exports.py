@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session, aliased
 from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, option_for
+from dino_index.copy_exchange import write_copy_tables
 from dino_index.errors import CatalogUnavailable, DinoSearchError, OutputExists, OutputUnwritable
 from dino_index.exchange import (
     DESCRIPTION,
@@ -129,6 +130,9 @@ class _Export:
         if index is not None:
             self._note(FAISS_FILE)
         self._write_failed()
+        if self._form != "faiss":
+            for name in write_copy_tables(self._session, self._collection, self._folder):
+                self._note(name)
         description = self._describe(num_images, counts["failed"], rows)
         _write_text(self._folder / DESCRIPTION, json.dumps(description.to_json(), indent=1))
         return description

@@ -36,6 +36,7 @@ __all__ = [
     "decode",
     "image_format",
     "load_image",
+    "opened",
     "read_file",
 ]
 
@@ -107,6 +108,16 @@ def decode(
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, truncated, corrupt, unsupported.
     """
     _check_target(size, max_short_side)
+    with opened(data, limits) as image:
+        return _decode_opened(image, size, max_short_side)
+
+
+@contextmanager
+def opened(data: bytes, limits: ReadLimits = DEFAULT_LIMITS) -> Iterator[ImageFile.ImageFile]:
+    """An image file as Pillow opens it, of which no pixel is decoded yet.
+
+    What goes wrong inside of the block is raised as ImageError, too. Raises ImageError as `decode` does.
+    """
     check_num_bytes(len(data), limits)
     format_name = image_format(data[:HEAD_BYTES])
     if format_name is None:
@@ -118,7 +129,7 @@ def decode(
         # one format after another.
         with _plugin(format_name)(io.BytesIO(data)) as image:
             _check_pixels(image.size, limits)
-            return _decode_opened(image, size, max_short_side)
+            yield image
 
 
 def load_image(

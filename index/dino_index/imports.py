@@ -44,6 +44,7 @@ from dino_index.collections import (
     relative_path,
     source_paths,
 )
+from dino_index.copy_exchange import read_copy_tables, store_copy_tables
 from dino_index.errors import CollectionNotFound, ExportDamaged, FingerprintMismatch
 from dino_index.exchange import (
     FAILED_FILE,
@@ -158,8 +159,10 @@ class _Import:
             on_part(done, self._description.images)
         for failed in self._read_failed():
             self._record(failed, {})
+        tables = read_copy_tables(self._folder, self._description.files)
         with self._catalog.writing() as session:
             collection, keep_ids = self._open(session)
+            store_copy_tables(session, collection, tables)
             session.delete(session.get_one(SettingRow, _marker(collection)))
         with self._catalog.reading() as session:
             num_images = count_images(session, collection)["ok"]

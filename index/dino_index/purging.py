@@ -9,7 +9,7 @@ import html
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,15 @@ from dino_index.catalog import (
 )
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, find_collection, join_path
+from dino_index.copy_settings import drop_whitenings
 from dino_index.recording import remove_images
 from dino_index.snapshots import snapshot_folder, write_snapshot
+from dino_index.verdicts import drop_verdicts
 
 EXPORT_KIND = "export"
+PARQUET_KIND = "parquet"
+"""What the catalog calls a table whose text columns `PARQUET_PATHS` name images: it is compressed, so not searched."""
+PARQUET_PATHS = ("query", "reference")
 _LOCK = "lock"
 _DATABASE_LOG = "*-wal"
 _BACKUPS = "*.backup*"
@@ -50,6 +55,10 @@ class PurgeReport:
     """Of bytes that no image of any collection has any more, those of earlier removals included."""
     snapshots: int = 0
     """Index files written anew."""
+    verdicts: int = 0
+    """Decisions on pairs of which one picture is no image of any collection any more, by this purge or before it."""
+    whitenings: int = 0
+    """Learned from such a picture; the calibrations that follow from them go too."""
     shared: list[str] = field(default_factory=list)
     """`COLLECTION: PATH` of images that have the same bytes, or are the same files, and keep their vectors."""
     reports: list[str] = field(default_factory=list)
@@ -128,10 +137,25 @@ def _remove_rows(catalog: Catalog, collection: CollectionInfo, image_ids: Sequen
                 report.shared.append(f"{name}: {encode_path(path)}")
         unused = ~exists().where(ImageRow.sha256 == EmbeddingRow.sha256)
         report.vectors = session.scalars(select(func.count()).select_from(EmbeddingRow).where(unused)).one()
+        # Vectors without an image are all that is known of what was removed before.
+        digests |= set(session.scalars(select(EmbeddingRow.sha256).where(unused).distinct()))
         session.execute(delete(EmbeddingRow).where(unused))
+        gone = digests - _still_there(session, digests)
+        report.verdicts = drop_verdicts(session, gone)
+        report.whitenings = drop_whitenings(session, gone)
         emptied = ~exists().where(ImageRow.source_id == SourceRow.id)
         for source_part in bound_parts(sorted(source_ids)):
             session.execute(delete(SourceRow).where(SourceRow.id.in_(source_part), emptied))
+
+
+def _still_there(session: Session, digests: set[bytes]) -> set[bytes]:
+    """Those of the sha256 that images of any collection have."""
+    found: set[bytes] = set()
+    for part in bound_parts(sorted(digests)):
+        found |= {
+            digest for digest in session.scalars(select(ImageRow.sha256).where(ImageRow.sha256.in_(part))) if digest
+        }
+    return found
 
 
 def _overwrite_deleted(session: Session) -> None:
@@ -223,14 +247,15 @@ def _reports_that_name(catalog: Catalog, paths: Iterable[str]) -> list[str]:
 
 def _names_one(report: Path, kind: str, paths: set[str]) -> bool:
     """Whether a file or exported folder names one of the paths; one that cannot be read counts as if it did."""
-    if kind == EXPORT_KIND:
+    if kind in (EXPORT_KIND, PARQUET_KIND):
         import pyarrow as pa
 
         from dino_index.exports import exported_paths
 
         known = paths | {encode_path(path) for path in paths}
         try:
-            return any(not known.isdisjoint(some) for some in exported_paths(report))
+            named = exported_paths(report) if kind == EXPORT_KIND else _parquet_paths(report)
+            return any(not known.isdisjoint(some) for some in named)
         except (OSError, pa.ArrowException):
             return True
     try:
@@ -240,9 +265,21 @@ def _names_one(report: Path, kind: str, paths: set[str]) -> bool:
     return any(spelling in content for path in paths for spelling in _spellings(path))
 
 
+def _parquet_paths(file: Path) -> Iterator[Sequence[str]]:
+    """What a table names, some at a time. Raises OSError and pyarrow's errors."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(columns=list(PARQUET_PATHS)):
+            for column in batch.columns:
+                yield column.to_pylist()
+
+
 def _spellings(path: str) -> set[bytes]:
-    """A path as text files, JSON and pages write it."""
+    """A path as text files, CSV, JSON, pages and JSON within pages write it."""
     portable = encode_path(path)
     in_page = html.escape(portable).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")  # as the pages' templates do
-    spelled = [portable, in_page, json.dumps(portable)[1:-1], json.dumps(portable, ensure_ascii=False)[1:-1]]
+    spelled = [portable, in_page, portable.replace('"', '""')]
+    for in_json in (json.dumps(portable)[1:-1], json.dumps(portable, ensure_ascii=False)[1:-1]):
+        spelled += [in_json, in_json.replace("<", r"\u003c")]
     return {os.fsencode(path)} | {text.encode() for text in spelled}

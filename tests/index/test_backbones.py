@@ -281,3 +281,72 @@ def test_vectors_are_stored_in_float16_and_finite(tmp_path: Path) -> None:
     for vectors in float32(path).embed(squares(1, 32)):
         assert vectors.dtype == np.float16
         assert np.isfinite(vectors).all()
+
+
+# --- patches
+
+
+@torch.inference_mode()
+def test_patches_join_tokens_of_a_third_and_two_thirds_of_the_depth(tmp_path: Path) -> None:
+    path, model = saved(tmp_path, "vit_tiny_patch16_224", 48, num_classes=0, img_size=48, depth=6)
+    pixels = squares(2, 48)
+    _, _, patches_BhwP = float32(path).embed_with_patches(pixels)
+    maps = model.forward_intermediates(normalised(pixels), indices=[1, 3], intermediates_only=True)
+    expected = torch.cat([torch.nn.functional.normalize(map_BPhw, dim=1) for map_BPhw in maps], dim=1) / 2**0.5
+    assert patches_BhwP.shape == (2, 3, 3, 2 * 192)
+    assert patches_BhwP.dtype == np.float16
+    np.testing.assert_allclose(patches_BhwP, expected.permute(0, 2, 3, 1), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "input_size", "arguments", "shape"),
+    [
+        ("resnet10t", 96, {}, (6, 6, 256)),
+        ("convnext_atto", 64, {"depths": [1, 1, 1, 1]}, (4, 4, 160)),
+        ("swin_tiny_patch4_window7_224", 56,
+         {"img_size": 56, "embed_dim": 24, "depths": [1, 1], "num_heads": [1, 2]}, (7, 7, 48)),
+        ("vit_small_patch16_dinov3", 64, {"depth": 1}, (4, 4, 384)),
+        ("cait_xxs24_224", 32, {"img_size": 32, "depth": 3}, (2, 2, 384)),
+    ],
+)  # fmt: skip
+def test_any_timm_architecture_gives_patches_and_the_same_vectors(
+    tmp_path: Path, architecture: str, input_size: int, arguments: dict[str, Any], shape: tuple[int, int, int]
+) -> None:
+    path, _ = saved(tmp_path, architecture, input_size, num_classes=0, **arguments)
+    backbone = float32(path)
+    pixels = squares(3, input_size)
+    cls_BD, gem_BD, patches_BhwP = backbone.embed_with_patches(pixels)
+    for ours, expected in zip((cls_BD, gem_BD), backbone.embed(pixels), strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), rtol=2e-3, atol=2e-3)
+    assert patches_BhwP.shape == (3, *shape)
+    np.testing.assert_allclose(np.linalg.norm(patches_BhwP.astype(np.float32), axis=3), 1, atol=2e-2)
+
+
+@torch.inference_mode()
+def test_an_architecture_without_intermediates_gives_its_last_map(tmp_path: Path, monkeypatch: Any) -> None:
+    path, model = saved(tmp_path, "vit_tiny_patch16_224", 48, num_classes=0, img_size=48, depth=2)
+    backbone = float32(path)
+    monkeypatch.setattr(backbone._replicas[0].model, "feature_info", None)
+    pixels = squares(1, 48)
+    expected = torch.nn.functional.normalize(model.forward_features(normalised(pixels))[:, 1:], dim=-1)
+    patches_BhwP = backbone.embed_with_patches(pixels)[2]
+    np.testing.assert_allclose(patches_BhwP.reshape(1, 9, 192), expected, atol=2e-3)
+
+
+def test_patches_of_a_batch_that_does_not_fit_are_done_in_halves(tiny: Backbone, monkeypatch: Any) -> None:
+    pixels = squares(5, tiny.spec.input_size)
+    expected = tiny.embed_with_patches(pixels)
+    forward = type(tiny._replicas[0]).forward_with_patches
+    tried: list[int] = []
+
+    def bounded(self: Any, pixels_BHWC: torch.Tensor) -> Any:
+        tried.append(len(pixels_BHWC))
+        if len(pixels_BHWC) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, pixels_BHWC)
+
+    monkeypatch.setattr(type(tiny._replicas[0]), "forward_with_patches", bounded)
+    monkeypatch.setattr(tiny._replicas[0], "max_pictures", 100)
+    for ours, wanted in zip(tiny.embed_with_patches(pixels), expected, strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), wanted.astype(np.float32), rtol=2e-3, atol=2e-3)
+    assert tried == [5, 2, 2, 1]

@@ -15,6 +15,7 @@ from catalog_rows import an_image, count_images, fill
 from databases import created_catalog, open_catalog
 from dino_index.catalog import (
     Base,
+    CalibrationRow,
     Catalog,
     CollectionRow,
     EmbeddingRow,
@@ -23,6 +24,8 @@ from dino_index.catalog import (
     ReportRow,
     SettingRow,
     SnapshotRow,
+    VerdictRow,
+    WhiteningRow,
 )
 from dino_index.catalog.backup import back_up, copy_catalog, restore
 from dino_index.catalog.copying import OWN_SETTING, file_problems
@@ -62,6 +65,11 @@ def catalog(home: Path) -> Catalog:
                 num_bytes=9, sha256=bytes(32),
             )
         )  # fmt: skip
+        session.add(VerdictRow(first_sha256=bytes(32), second_sha256=b"\xff" * 32, decision="not_copy", note="a\nb'\""))
+        for version in (1, 2):
+            key = {"collection_id": 1, "model_id": 1, "version": version}
+            session.add(WhiteningRow(**key, data=bytes(range(256)) * version, facts={"images": 5}))
+            session.add(CalibrationRow(**key, value={"knots": [[0.5, None], [1, "Ä"]]}))
         session.execute(delete(ImageRow).where(ImageRow.path == "4.jpg"))
         session.scalars(select(CollectionRow)).one().generation = 7
     return catalog
@@ -93,6 +101,10 @@ def next_id(catalog: Catalog) -> int:
 
 
 # --- backup
+
+
+def test_the_sample_has_rows_in_every_table(catalog: Catalog) -> None:
+    assert [name for name, rows in contents(catalog).items() if not rows] == []
 
 
 def test_a_backup_is_one_sound_sqlite_file_with_everything(catalog: Catalog, tmp_path: Path) -> None:
@@ -311,6 +323,14 @@ def test_a_copy_replaces_nothing_unless_told(catalog: Catalog, tmp_path: Path) -
     assert count_images(in_sqlite(done.kept)) == 9
     assert contents(open_catalog(other), generations=False) == contents(catalog, generations=False)
     assert next_id(open_catalog(other)) == 10
+
+
+def test_a_catalog_with_nothing_but_verdicts_is_not_empty(catalog: Catalog, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with created_catalog(other).writing() as session:
+        session.add(VerdictRow(first_sha256=bytes(32), second_sha256=bytes(32), decision="copy"))
+    with pytest.raises(CatalogNotEmpty, match="holds 0 images in 0 collections and 1 verdicts already"):
+        copy_catalog(catalog, other, databases.url_of(other))
 
 
 def test_a_catalog_is_not_copied_onto_itself(catalog: Catalog, home: Path) -> None:

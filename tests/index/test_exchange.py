@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import select, update
 
-from databases import open_catalog
+from databases import created_catalog, open_catalog
 from dino_index import exports, imports
-from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, SettingRow, SourceRow
+from dino_index.catalog import Catalog, EmbeddingRow, ImageRow, SettingRow, SourceRow, WhiteningRow
 from dino_index.catalog.portable_paths import encode_path
+from dino_index.collections import find_collection
+from dino_index.copy_decisions import Verdict
+from dino_index.copy_exchange import read_copy_tables
+from dino_index.copy_settings import add_calibration, add_whitening, latest_calibration
 from dino_index.errors import (
     CatalogUnavailable,
     CollectionNotFound,
@@ -37,6 +42,7 @@ from dino_index.exchange import part_number
 from dino_index.exports import ExportFormat, ExportSummary, FlatIndexFile, export_collection
 from dino_index.imports import ImportSummary, import_collection
 from dino_index.model_files import resolve_model
+from dino_index.verdicts import RecordedVerdict, ordered_pair, record_verdicts, recorded_verdicts
 from sample_collections import (
     count_rows,
     findable,
@@ -298,6 +304,100 @@ def test_a_collection_without_readable_images_comes_back(tmp_path: Path, home: P
     assert export(home, tmp_path / "exported").parts == 0
     assert faiss.read_index(str(tmp_path / "exported" / "image.index")).ntotal == 0
     assert bring_in(tmp_path / "other", tmp_path / "exported").added == 1
+
+
+# --- verdicts, whitening, calibration
+
+
+def decisions(home: Path, collection: str = "default") -> tuple[Any, ...]:
+    """Verdicts by pair with note and time, and all versions of the collection's settings."""
+    with closing(open_catalog(home)) as catalog, catalog.reading() as session:
+        info = find_collection(session, collection)
+        verdicts = {item.pair: (item.decision, item.note, item.decided_at) for item in recorded_verdicts(session)}
+        whitenings = [(row.version, row.data, row.facts, row.created_at) for row in session.scalars(
+            select(WhiteningRow).where(WhiteningRow.collection_id == info.id).order_by(WhiteningRow.version)
+        )]  # fmt: skip
+        return verdicts, whitenings, latest_calibration(session, info)
+
+
+def decide(home: Path, name: str, decision: Verdict, note: str = "") -> None:
+    """A verdict on the image of this name and one that was never indexed."""
+    digest = next(image["sha256"] for path, image in images_of(home).items() if path.endswith(name))
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        pair = ordered_pair(digest, b"\x80" * 32)
+        decided = RecordedVerdict(pair=pair, decision=decision, note=note, decided_at=datetime(2026, 1, 2, tzinfo=UTC))
+        record_verdicts(session, [decided])
+
+
+def test_verdicts_and_settings_travel_with_the_collection(tmp_path: Path, home: Path, photos: Path) -> None:
+    decide(home, "cat/a.jpg", "not_copy", 'a "note"\n')
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        elsewhere = RecordedVerdict(pair=(bytes(32), b"\xff" * 32), decision="copy", decided_at=datetime.now(UTC))
+        record_verdicts(session, [elsewhere])  # has no picture of the collection
+        info = find_collection(session, "default")
+        for version in range(2):
+            add_whitening(session, info, bytes(range(256)), {"images": 7, "of": "Ä"}, after=version)
+            add_calibration(session, info, {"knots": [1, None]}, after=version)
+    export(home, tmp_path / "exported")
+    other = tmp_path / "other"
+    bring_in(other, tmp_path / "exported")
+    verdicts, *settings = decisions(home)
+    del verdicts[elsewhere.pair]
+    assert len(verdicts) == 1
+    assert decisions(other) == (verdicts, *settings)
+    assert bring_in(other, tmp_path / "exported").updated == 0
+    assert decisions(other) == (verdicts, *settings)
+
+
+def test_what_was_decided_here_stays_on_import(tmp_path: Path, home: Path, photos: Path) -> None:
+    decide(home, "cat/a.jpg", "copy")
+    decide(home, "dog/e.jpg", "copy")
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        add_calibration(session, find_collection(session, "default"), {"of": "the export"}, after=0)
+    export(home, tmp_path / "exported")
+    other = tmp_path / "other"
+    with closing(created_catalog(other)):
+        pass
+    bring_in(other, tmp_path / "exported")
+    decide(other, "cat/a.jpg", "not_copy")
+    with closing(open_catalog(other)) as catalog, catalog.writing() as session:
+        add_calibration(session, find_collection(session, "default"), {"of": "this home"}, after=1)
+    before = decisions(other)
+    bring_in(other, tmp_path / "exported")
+    assert decisions(other) == before
+    assert sorted(decision for decision, *_ in before[0].values()) == ["copy", "not_copy"]
+
+
+@pytest.mark.parametrize(
+    ("file", "row"),
+    [
+        ("verdicts.parquet", {"first_sha256": "00" * 31, "second_sha256": "ff" * 32, "decision": "copy"}),
+        ("verdicts.parquet", {"first_sha256": "00" * 32, "second_sha256": "ff" * 32, "decision": "different"}),
+        ("whitening.parquet", {"version": 0, "data": b"x", "facts": "{}"}),
+        ("calibration.parquet", {"version": 1, "value": "[]"}),
+        ("calibration.parquet", None),
+    ],
+)
+def test_verdicts_and_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, arrived: Path, file: str, row: dict[str, Any] | None
+) -> None:
+    schema = pq.read_schema(arrived / file)
+    if row is None:
+        (arrived / file).write_bytes(b"no table")
+    else:
+        at = {name: "2026-01-02T00:00:00+00:00" for name in ("decided_at", "created_at") if name in schema.names}
+        pq.write_table(pa.Table.from_pylist([row | at], schema=schema), arrived / file)
+    with pytest.raises(ExportDamaged, match=file):
+        read_copy_tables(arrived, {file: None})
+
+
+def test_exports_of_earlier_versions_are_without_them(tmp_path: Path, arrived: Path) -> None:
+    description = json.loads((arrived / "export.json").read_text())
+    for name in ("verdicts.parquet", "whitening.parquet", "calibration.parquet"):
+        del description["files"][name]
+        (arrived / name).unlink()
+    (arrived / "export.json").write_text(json.dumps(description))
+    assert bring_in(tmp_path / "other", arrived).images == 7
 
 
 # --- models

@@ -6,22 +6,28 @@ import os
 import sqlite3
 import threading
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save
 
 from databases import open_catalog
 from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, ReportRow, SourceRow
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.collections import find_collection
+from dino_index.copy_settings import SINGLE_IMAGES, add_whitening
 from dino_index.errors import CatalogError
 from dino_index.exports import export_collection
 from dino_index.integrity import verify_collection
-from dino_index.purging import EXPORT_KIND, PurgeReport, purge_images, record_report
+from dino_index.purging import EXPORT_KIND, PARQUET_KIND, PurgeReport, purge_images, record_report
 from dino_index.recording import remove_images
 from dino_index.snapshots import normalise, write_snapshot
+from dino_index.verdicts import RecordedVerdict, load_verdicts, ordered_pair, record_verdicts
 from sample_collections import (
     count_rows,
     findable,
@@ -266,37 +272,80 @@ def test_backups_are_listed(home: Path, secret: Path) -> None:
         lambda path, name: path.write_text(f'<figcaption title="{name}">'),
         lambda path, name: path.write_text(f"query,reference\n{name},x.jpg\n", encoding="utf-8"),
         lambda path, name: path.write_text(__import__("json").dumps([name])),
+        lambda path, name: pq.write_table(pa.table({"query": ["x.jpg"], "reference": [name], "rank": [1]}), path),
+        lambda path, name: path.write_bytes(b"PAR1 and nothing that can be read"),
     ],
+    ids=["page", "csv", "json", "parquet", "parquet that is damaged"],
 )
 def test_reports_that_name_the_image_are_listed(home: Path, secret: Path, tmp_path: Path, write: Any) -> None:
     names, silent, gone = (tmp_path / name for name in ("names.html", "silent.html", "gone.html"))
     write(names, str(secret))
     silent.write_text(f"{secret}x".replace(".jpg", ".png"))
+    kind = PARQUET_KIND if names.read_bytes().startswith(b"PAR1") else "contact sheet"
     with closing(open_catalog(home)) as catalog:
-        for path in (names, silent, gone):
+        for path in (silent, gone):
             record_report(catalog, "default", path, "contact sheet")
-            record_report(catalog, "default", path, "contact sheet")  # written again
+        for _ in range(2):  # written again
+            record_report(catalog, "default", names, kind)
     assert purge(home, secret).reports == [str(names)]
     assert names.exists()
     assert count_rows(home, ReportRow) == 2
 
 
-def test_reports_are_searched_for_names_as_pages_and_json_spell_them(
+def test_reports_are_searched_for_names_as_pages_tables_and_json_spell_them(
     home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
+    import csv
     import json
 
     from jinja2 import Environment
 
     (picture,) = write_pictures(tmp_path / "odd 'names' & \"more\" <ä>", "x.jpg")
     index_files(home, tiny_model, picture)
-    page, data = tmp_path / "page.html", tmp_path / "data.json"
+    page, data, table, script = (tmp_path / name for name in ("page.html", "data.json", "t.csv", "script.html"))
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow([encode_path(str(picture)), 1])
+    script.write_text(json.dumps(encode_path(str(picture)), ensure_ascii=False).replace("<", r"\u003c"), "utf-8")
     page.write_text(Environment(autoescape=True).from_string("<p>{{ name }}</p>").render(name=str(picture)))
     data.write_text(json.dumps({"path": encode_path(str(picture))}))
     with closing(open_catalog(home)) as catalog:
-        for path in (page, data):
+        for path in (page, data, table, script):
             record_report(catalog, "default", path, "page")
-    assert purge(home, picture).reports == sorted([str(page), str(data)])
+    assert purge(home, picture).reports == sorted(map(str, (page, data, table, script)))
+
+
+def test_verdicts_on_a_purged_image_go_with_its_last_copy(
+    home: Path, secret: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    wanted = {"sha256": images_of(home)[str(secret)]["sha256"]}
+    others = {path: image["sha256"] for path, image in images_of(home).items() if path != str(secret)}
+    outside = b"\xee" * 32
+    pairs = [ordered_pair(wanted["sha256"], outside), *(ordered_pair(digest, outside) for digest in others.values())]
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        at = datetime(2026, 1, 1, tzinfo=UTC)
+        record_verdicts(session, [RecordedVerdict(pair=pair, decision="copy", decided_at=at) for pair in pairs])
+    first, second = Path(min(others)), Path(max(others))
+    remove(home, first)
+    report = purge(home, secret)  # with what the removal had left behind
+    assert (report.images, report.verdicts) == (1, 2)
+    assert files_with(home, wanted) == {"sha256": set()}
+    (tmp_path / "photos" / "copy.jpg").write_bytes(second.read_bytes())
+    index_files(home, tiny_model, tmp_path / "photos" / "copy.jpg")
+    assert purge(home, second).verdicts == 0
+    with closing(open_catalog(home)) as catalog, catalog.reading() as session:
+        assert set(load_verdicts(session)) == set(pairs) - {pairs[0], ordered_pair(others[str(first)], outside)}
+
+
+def test_a_whitening_that_holds_the_vector_of_a_purged_image_goes(home: Path, secret: Path) -> None:
+    wanted = traces(home, secret)
+    del wanted["file name"]
+    digest, vector = wanted["sha256"], np.frombuffer(wanted["raw cls"], np.float16)
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        info = find_collection(session, "default")
+        held: dict[str, Any] = {"background": vector[None], SINGLE_IMAGES: np.frombuffer(digest, np.uint8)[None]}
+        add_whitening(session, info, save(held), {}, after=0)
+    assert purge(home, secret).whitenings == 1
+    assert files_with(home, wanted) == {trace: set() for trace in wanted}
 
 
 def test_exports_that_hold_the_image_are_listed(home: Path, secret: Path, tmp_path: Path) -> None:

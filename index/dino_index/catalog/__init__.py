@@ -3,6 +3,7 @@
 from dino_index.catalog.database import Catalog, bound_parts, storage_errors
 from dino_index.catalog.schema import (
     Base,
+    CalibrationRow,
     CollectionRow,
     EmbeddingRow,
     ImageRow,
@@ -12,10 +13,13 @@ from dino_index.catalog.schema import (
     SettingRow,
     SnapshotRow,
     SourceRow,
+    VerdictRow,
+    WhiteningRow,
 )
 
 __all__ = [
     "Base",
+    "CalibrationRow",
     "Catalog",
     "CollectionRow",
     "EmbeddingRow",
@@ -26,6 +30,8 @@ __all__ = [
     "SettingRow",
     "SnapshotRow",
     "SourceRow",
+    "VerdictRow",
+    "WhiteningRow",
     "bound_parts",
     "storage_errors",
 ]

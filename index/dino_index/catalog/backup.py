@@ -108,9 +108,11 @@ def _fill(source: Catalog, target: Catalog, *, force: bool) -> Replacement:
         kept = None
         if any(found.values()):
             if not force:
+                verdicts = f" and {found['verdict']} verdicts" if found["verdict"] else ""
+                contents = f"{found['image']} images in {found['collection']} collections{verdicts}"
                 raise CatalogNotEmpty(
-                    f"{target.store.place} holds {found['image']} images in {found['collection']} collections already; "
-                    "add --force to replace them (a copy of them is kept)"
+                    f"{target.store.place} holds {contents} already; add --force to replace them "
+                    "(a copy of them is kept)"
                 )
             # Nobody else can write meanwhile.
             kept = target.home / f"catalog.before-{_now()}.backup"

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dino_index.catalog.column_types import PortableText, UtcDateTime
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 # SQLite numbers only INTEGER keys by itself; it stores 64 bits in either case.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -152,3 +152,47 @@ class ReportRow(Base):
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
     kind: Mapped[str] = mapped_column(String(32))
     written_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class VerdictRow(Base):
+    """What a person decided about two pictures, known by their bytes, in whichever collection they are, if any.
+
+    Of a pair in both directions there is one row.
+    """
+
+    __tablename__ = "verdict"
+
+    first_sha256: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    """The lower of the two."""
+    second_sha256: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    decision: Mapped[str] = mapped_column(String(8))
+    """`copy` or `not_copy`."""
+    note: Mapped[str] = mapped_column(PortableText, default="", server_default=text("''"))
+    decided_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class WhiteningRow(Base):
+    """How a collection's raw vectors become copy vectors under one model. Never changed: the next version is added."""
+
+    __tablename__ = "whitening"
+
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+    """A safetensors file; it says of which images it holds vectors."""
+    facts: Mapped[dict[str, Any]]
+    """What it was learned from, for people."""
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class CalibrationRow(Base):
+    """How scores of a collection become estimated precision. Never changed: the next version is added."""
+
+    __tablename__ = "calibration"
+
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id"), primary_key=True)
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
