@@ -19,8 +19,10 @@ from dino_index.errors import DinoSearchError
 from dino_search.commands import (
     bench,
     catalog,
+    copies,
     demo,
     doctor,
+    duplicates,
     exchange,
     housekeeping,
     indexing,
@@ -29,6 +31,7 @@ from dino_search.commands import (
     reindexing,
     relocating,
     searching,
+    verdicts,
 )
 from dino_search.commands.output import complain
 from dino_search.home import DATABASE_VARIABLE, database_given
@@ -82,6 +85,8 @@ def _global_options(
 for register in (
     indexing,
     searching,
+    copies,
+    duplicates,
     pretraining,
     models,
     reindexing,
@@ -89,6 +94,7 @@ for register in (
     exchange,
     housekeeping,
     catalog,
+    verdicts,
     bench,
     doctor,
     demo,

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from dino_index.reindexing import ReindexOptions, ReindexSummary
     from dino_index.relocation import Relocation
     from dino_index.vector_index import VectorIndex
+    from dino_search.calibrating import Calibrated
+    from dino_search.copies import CopiesOptions, CopyFinder
+    from dino_search.copy_results import CopyMatch
+    from dino_search.copy_runs import CopiesRun
+    from dino_search.duplicates import DuplicateOptions, Duplicates
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
 
@@ -218,6 +223,55 @@ class Collection:
             )
         return Classifications(collection=self.name, model=model, k=k, temperature=temperature, results=results)
 
+    def duplicates(
+        self,
+        options: DuplicateOptions | None = None,
+        *,
+        target_precision: float = 0.99,
+        copy_score: float | None = None,
+        on_remark: Callable[[str], None] = lambda remark: None,
+        on_progress: Callable[[float], None] = lambda done_frac: None,
+    ) -> Duplicates:
+        """Images that are copies of each other, in groups; `dino_search.duplicates` says how.
+
+        target_precision: estimated share of true copies among the pairs that are called so. copy_score: call copies
+        from this cosine on instead.
+        Raises CollectionNotFound, CatalogErrors; ValueError for a score or precision out of range.
+        """
+        from dino_index.descriptor_learning import copy_descriptor
+        from dino_index.verdicts import load_verdicts
+        from dino_search.copy_runs import duplicate_rules
+        from dino_search.duplicates import DuplicateOptions, find_duplicates, fixed_rule
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+            verdicts = load_verdicts(session)
+        models = models_folder(self.home)
+        descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
+        rule, verifier = None if copy_score is None else fixed_rule(copy_score), None
+        if rule is None:
+            rule, verifier = duplicate_rules(
+                catalog, collection, models, target_precision, lambda: self._loaded_backbone(collection), on_remark
+            )
+        options = options or DuplicateOptions()
+        return find_duplicates(
+            catalog,
+            self.name,
+            options,
+            rule,
+            descriptor=descriptor,
+            verdicts=verdicts,
+            verifier=verifier if options.checked else None,
+            on_progress=on_progress,
+        )
+
+    def is_indexed(self, folder: StrPath) -> bool:
+        """Whether a folder lies in one that was indexed. Raises CollectionNotFound."""
+        with self._existing_catalog().reading() as session:
+            sources = source_paths(session, find_collection(session, self.name)).values()
+        return any(is_below(absolute_path(folder), source) for source in sources)
+
     def model_name(self) -> str:
         """Name of the model behind the collection's vectors. Raises CollectionNotFound."""
         catalog = self._existing_catalog()
@@ -358,6 +412,121 @@ class Collection:
 
         read_description(Path(folder))  # a wrong folder must not bring a home into being
         return import_collection(self._created_catalog(), self.name, Path(folder), self._model, on_part=on_part)
+
+    def copies(
+        self,
+        queries: StrPath | Sequence[StrPath],
+        options: CopiesOptions | None = None,
+        *,
+        on_remark: Callable[[str], None] = lambda remark: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> CopiesRun:
+        """Which of the queries are edited copies of images in the collection: an iterator over `CopyQuery`.
+
+        queries: files, folders, manifests, shards, URLs. What cannot be read comes as a failed query.
+        Raises CollectionNotFound, CollectionEmpty, CalibrationImpossible, ModelError, ManifestError, BackendMissing,
+        CatalogErrors.
+        """
+        from dino_search.copies import CopiesOptions
+        from dino_search.copy_runs import start_copies
+
+        paths = [queries] if isinstance(queries, str | os.PathLike) else queries
+        finder = self._copy_finder(options or CopiesOptions(), on_remark=on_remark, on_progress=on_progress)
+        return start_copies(finder, models_folder(self.home), paths, on_remark=on_remark, on_progress=on_progress)
+
+    def calibrate(
+        self,
+        options: CopiesOptions | None = None,
+        *,
+        pairs: Path | None = None,
+        num_queries: int = 300,
+        refit: bool = False,
+        on_remark: Callable[[str], None] = lambda remark: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> Calibrated:
+        """Learns which scores mean a copy under these options, and stores it.
+
+        pairs: a CSV file of labelled pairs, columns query and reference; None for edited copies of own images.
+        refit: learn whitening and background anew first.
+        Raises CalibrationImpossible, LabelFileError, and as `copies` does.
+        """
+        from dino_search.calibrating import calibrate
+        from dino_search.copies import CopiesOptions
+
+        finder = self._copy_finder(
+            options or CopiesOptions(), refit=refit, on_remark=on_remark, on_progress=on_progress
+        )
+        return calibrate(finder, num_queries=num_queries, pairs=pairs, on_remark=on_remark, on_progress=on_progress)
+
+    def compare(
+        self,
+        first: StrPath,
+        second: StrPath,
+        options: CopiesOptions | None = None,
+        *,
+        on_remark: Callable[[str], None] = lambda remark: None,
+    ) -> CopyMatch:
+        """Whether one picture is an edited copy of the other, by the collection's model and calibration.
+
+        Without such a collection, by the home's default model and what ships with it.
+        Raises CalibrationImpossible, ImageError, ModelError, CatalogErrors.
+        """
+        from dino_index.backbones import Backbone
+        from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
+        from dino_index.descriptor_learning import copy_descriptor
+        from dino_search.calibrating import mode_of, shipped_calibration, stored_calibration
+        from dino_search.copies import CopiesOptions
+        from dino_search.copy_runs import PairTools, compare_pair, pair_rule
+
+        options = options or CopiesOptions()
+        mode = mode_of(options.detection)
+        models = models_folder(self.home)
+        try:
+            catalog: Catalog | None = self._existing_catalog()
+            with self._existing_catalog().reading() as session:
+                collection: CollectionInfo | None = find_collection(session, self.name)
+        except CollectionNotFound:
+            catalog, collection = self._catalog, None
+        if catalog is not None and collection is not None:
+            backbone = self._loaded_backbone(collection)
+            descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
+            calibration = stored_calibration(catalog, collection, models, mode)
+        else:
+            spec = self._model or resolve_default(Models(self.home, self._database).default(), self.home)
+            backbone = Backbone(spec, device=self._device)
+            descriptor = shipped_descriptor(spec.weights_path) or CopyDescriptor()
+            calibration = shipped_calibration(spec.weights_path, mode)
+        descriptor = descriptor.switched(
+            whitening=options.detection.whitening, normalisation=options.detection.normalisation
+        )
+        rule = pair_rule(calibration, options, backbone.spec.name)
+        tools = PairTools(backbone=backbone, descriptor=descriptor, rule=rule, options=options, catalog=catalog)
+        return compare_pair(tools, first, second)
+
+    def _copy_finder(
+        self,
+        options: CopiesOptions,
+        *,
+        refit: bool = False,
+        on_remark: Callable[[str], None],
+        on_progress: Callable[[Progress], None],
+    ) -> CopyFinder:
+        from dino_search.copies import CopyFinder
+
+        catalog = self._existing_catalog()
+        with catalog.reading() as session:
+            collection = find_collection(session, self.name)
+        backbone = self._loaded_backbone(collection)
+        return CopyFinder(
+            catalog,
+            collection,
+            backbone,
+            models_folder(self.home),
+            options,
+            refit=refit,
+            on_remark=on_remark,
+            on_progress=on_progress,
+        )
 
     def relocate(self, old: str, new: StrPath, *, everywhere: bool = False, unchecked: bool = False) -> Relocation:
         """Rewrites the paths of images below a folder that was moved; nothing is read or embedded again.

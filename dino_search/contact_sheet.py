@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,12 +9,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
-from dino_index.catalog.portable_paths import decode_path
 from dino_index.errors import ImageError, OutputUnwritable
-from dino_index.images import load_image
 from dino_search.results import SearchResults
+from dino_search.thumbnails import make_thumbnail
 
 KIND = "contact sheet"
 """What the catalog calls such a file."""
@@ -47,10 +43,6 @@ def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], 
 def _thumbnail(portable_path: str) -> str | None:
     """A data URI of the picture, upright and without any metadata of the original; None if it cannot be read."""
     try:
-        picture = Image.fromarray(load_image(decode_path(portable_path)).pixels_HWC)
+        return make_thumbnail(portable_path, side=_THUMBNAIL_SIDE, quality=85).data_uri
     except ImageError:
         return None
-    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -16,6 +16,8 @@ from dino_index.images import load_image
 from dino_index.indexing import IndexOptions, IndexSummary
 from dino_search.collection import Collection
 from dino_search.contact_sheet import KIND, write_contact_sheet
+from dino_search.copy_report import CopyReport
+from dino_search.copy_results import CopyQuery
 
 # Photographs that come with scikit-image, by file name without ending.
 PHOTOGRAPHS = (
@@ -40,14 +42,19 @@ class Demonstration:
     """Queries whose nearest image comes from the same photograph."""
     num_classified: int
     """Queries that got the right photograph as their label."""
+    num_copies: int
+    """Queries that are called copies of the right photograph or of its edited copies, and of no other."""
+    num_wrong: int
+    """Queries that are called copies of something else."""
     example_query: Path
     contact_sheet: Path
+    copy_report: Path
 
 
 def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
-    """Writes photographs and queries below `folder`, indexes, searches, classifies, and writes a contact sheet.
+    """Writes photographs and queries below `folder`, indexes, searches, classifies, and reports copies.
 
-    Raises OutputUnwritable, and as `Collection.index`, `search` and `classify` do.
+    Raises OutputUnwritable, and as `Collection.index`, `search`, `classify` and `copies` do.
     """
     rng = np.random.default_rng(_SEED)
     photos, queries = folder / "photos", folder / "queries"
@@ -63,7 +70,7 @@ def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
     summary = collection.index(photos, IndexOptions(labels="folders"))
     searches = [collection.search(path, k=5) for path in query_paths]
     classified = collection.classify([str(path) for path in query_paths], k=5)
-    truth = [path.name.split("-")[0] for path in query_paths]
+    truth = [_name_of(str(path)) for path in query_paths]
     num_found = sum(found.results[0].label == name for found, name in zip(searches, truth, strict=True))
     sheet = folder / "contact-sheet.html"
     write_contact_sheet(
@@ -74,14 +81,42 @@ def run_demonstration(folder: Path, collection: Collection) -> Demonstration:
         f"{num_found} of {len(searches)} queries.",
     )
     collection.record_report(sheet, KIND)
+    report = folder / "copies"
+    called = [
+        (_name_of(query.query), {_name_of(match.reference) for match in query.matches if match.decision == "copy"})
+        for query in _report_copies(collection, queries, report)
+    ]
     return Demonstration(
         summary=summary,
         num_queries=len(searches),
         num_found=num_found,
         num_classified=sum(result.label == name for result, name in zip(classified.results, truth, strict=True)),
+        num_copies=sum(originals == {name} for name, originals in called),
+        num_wrong=sum(bool(originals - {name}) for name, originals in called),
         example_query=query_paths[0],
         contact_sheet=sheet,
+        copy_report=report / "report.html",
     )
+
+
+def _report_copies(collection: Collection, queries: Path, folder: Path) -> list[CopyQuery]:
+    run = collection.copies(queries)
+    report = CopyReport(
+        folder, title="Copies in the dino-search demonstration", collection=collection.name,
+        model=collection.model_name(), force=True, facts=run.facts,
+    )  # fmt: skip
+    found = []
+    with report as written:
+        for query in run:
+            written.add(query)
+            found.append(query)
+    report.record_in(collection)
+    return found
+
+
+def _name_of(path: str) -> str:
+    """Of the photograph that an edited copy was made from."""
+    return Path(path).stem.split("-")[0]
 
 
 def _photograph(name: str) -> Image.Image:

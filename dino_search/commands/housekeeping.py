@@ -123,6 +123,8 @@ def _report_purge(collection: str, report: PurgeReport, as_json: bool) -> None:
         print_json({"collection": collection} | report.to_json())
     else:
         print_line(f"{report.images} images purged from '{collection}', with {report.vectors} vectors")
+        if report.verdicts:
+            print_line(f"{report.verdicts} verdicts on pairs with such an image forgotten")
         for kind, found in (
             ("shared", report.shared),
             ("report", report.reports),
@@ -135,6 +137,8 @@ def _report_purge(collection: str, report: PurgeReport, as_json: bool) -> None:
         tell("shared: these images have the same bytes; purge them too, or their vectors stay")
     if report.reports or report.backups:
         tell("reports name purged images, backups may hold them: neither is changed, delete what is not needed")
+    if report.whitenings:
+        tell("the whitening was learned from purged images and went too: the next copies learns and calibrates anew")
     if report.images:
         tell("the files stay where they are; the next index of their folder adds them again")
     if report.problems:

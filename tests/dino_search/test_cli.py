@@ -364,9 +364,11 @@ def test_the_demonstration_runs_twice(dino_search: Command, tmp_path: Path, monk
         ended = dino_search("demo", "--out", out)
         assert ended.code == 0
         lines = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
-        assert list(lines) == ["indexed", "searched", "classified", "open", "try"]
+        assert list(lines) == ["indexed", "searched", "classified", "copies", "open", "report", "try"]
         assert lines["indexed"].startswith("10 images with bundled_v3")
         assert lines["searched"].startswith("4 of 4")
+        assert lines["copies"] == "4 of 4 are called copies, 0 of a wrong one"
+        assert Path(lines["report"]).is_file()
         page = (out / "contact-sheet.html").read_text("utf-8")
         assert page.count("<section>") == 4
     command = lines["try"].split()

@@ -9,6 +9,7 @@ import pytest
 
 from commands_in_process import Command
 from dino_search import Collection
+from dino_search.copy_report import FILES
 from sample_collections import count_rows, ids_of, images_of
 from small_disks import mounted
 
@@ -93,8 +94,8 @@ def test_purge_lists_the_contact_sheet_that_shows_the_image(
     ended = dino_search("remove", "--purge", filled / "cat" / "0.jpg", "--json")
     assert ended.code == 0
     assert ended.json() == {
-        "collection": "default", "images": 1, "vectors": 2, "snapshots": 0, "shared": [],
-        "reports": sorted([str(sheet), str(tmp_path / "out")]), "backups": [], "problems": [],
+        "collection": "default", "images": 1, "vectors": 2, "snapshots": 0, "verdicts": 0, "whitenings": 0,
+        "shared": [], "reports": sorted([str(sheet), str(tmp_path / "out")]), "backups": [], "problems": [],
     }  # fmt: skip
     assert str(filled / "cat" / "0.jpg") not in ids_of(home)
     assert sheet.exists()
@@ -135,13 +136,14 @@ def test_search_writes_a_page_although_the_home_is_read_only(
     assert "remove --purge will not know" in ended.err
 
 
-def test_demo_is_known_to_purge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+def test_demo_is_known_to_purge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dino_index.catalog import ReportRow
     from dino_search import demonstration
 
     monkeypatch.setattr(demonstration, "PHOTOGRAPHS", ("coins",))
-    with Collection.open("demo", home=tmp_path / "home", model=tiny_model) as collection:
+    with Collection.open("demo", home=tmp_path / "home") as collection:
         demonstration.run_demonstration(tmp_path / "demo", collection)
-        assert count_rows(tmp_path / "home", ReportRow) == 1
+        assert count_rows(tmp_path / "home", ReportRow) == 6
         report = collection.purge([tmp_path / "demo" / "photos"])
-    assert report.reports == [os.path.join(tmp_path, "demo", "contact-sheet.html")]
+    expected = {"contact-sheet.html", *(f"copies/{name}" for name in FILES)}
+    assert report.reports == sorted(os.path.join(tmp_path, "demo", name) for name in expected - {"copies/queries.csv"})
