@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from dino_index.errors import ImageError, OutputUnwritable
+from dino_index.errors import OutputUnwritable
 from dino_search.results import SearchResults
-from dino_search.thumbnails import make_thumbnail
+from dino_search.thumbnails import thumbnail_uri
 
 KIND = "contact sheet"
 """What the catalog calls such a file."""
@@ -27,7 +27,11 @@ def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], 
     """
     environment = Environment(loader=PackageLoader("dino_search"), autoescape=select_autoescape(default=True))
     page = environment.get_template("contact_sheet.html.j2").render(
-        title=title, note=note, found=found, thumbnail=_thumbnail, name=lambda place: Path(place).name
+        title=title,
+        note=note,
+        found=found,
+        thumbnail=lambda place: thumbnail_uri(place, side=_THUMBNAIL_SIDE, quality=85),
+        name=lambda place: Path(place).name,
     )
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
@@ -38,11 +42,3 @@ def write_contact_sheet(path: Path, title: str, found: Sequence[SearchResults], 
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def _thumbnail(portable_path: str) -> str | None:
-    """A data URI of the picture, upright and without any metadata of the original; None if it cannot be read."""
-    try:
-        return make_thumbnail(portable_path, side=_THUMBNAIL_SIDE, quality=85).data_uri
-    except ImageError:
-        return None

@@ -140,7 +140,15 @@ class LocatedImage:
         content = read_file(self.path, limits)
         return content.data if content.sha256 == self.sha256 else None
 
-    def nature(self, limits: ReadLimits) -> PictureNature | None:
+    def reference(self, side: int, limits: ReadLimits = DEFAULT_LIMITS) -> Reference | None:
+        """The picture to verify others against; None where the file cannot be read any more. side: of the model."""
+        try:
+            data = self.read(limits)
+            return None if data is None else make_reference(data, side=side, limits=limits)
+        except ImageError:
+            return None
+
+    def nature(self, limits: ReadLimits = DEFAULT_LIMITS) -> PictureNature | None:
         """None where the file cannot be read any more."""
         try:
             data = self.read(limits)
@@ -248,11 +256,7 @@ class CopyFinder:
             image = self.located(session, [image_id]).get(image_id)
         if image is None:  # removed by another process meanwhile
             return None
-        try:
-            data = image.read(self.options.limits)
-            return None if data is None else make_reference(data, side=self._side, limits=self.options.limits)
-        except ImageError:
-            return None
+        return image.reference(self._side, self.options.limits)
 
     def located(self, session: Session, image_ids: Sequence[int]) -> dict[int, LocatedImage]:
         """Path and bytes of images of the collection, by id."""

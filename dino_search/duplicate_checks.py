@@ -14,19 +14,18 @@ from functools import lru_cache
 from dino_index.backbones import Backbone
 from dino_index.calibration import DecisionRule
 from dino_index.copy_decisions import Decision
-from dino_index.copy_detection import VERIFIED_SCORE, KnownReferences, Reference, combined_score, make_reference
+from dino_index.copy_detection import VERIFIED_SCORE, KnownReferences, Reference, combined_score
 from dino_index.embedding import num_processors
-from dino_index.errors import ImageError
-from dino_index.image_bytes import read_file
-from dino_index.picture_nature import PictureNature, are_burst_frames, are_unproven_plain, nature_of
+from dino_index.picture_nature import PictureNature, are_burst_frames, are_unproven_plain
 from dino_index.verification import verify
+from dino_search.copies import LocatedImage
 
 _FILES_A_PART = 64
 # A page of text takes a megabyte while it is compared.
 _MAX_PAGES = 64
 
-FileOf = Callable[[Sequence[int]], Mapping[int, tuple[str, bytes]]]
-"""(path, sha256) of images, by id; without those that are gone."""
+FileOf = Callable[[Sequence[int]], Mapping[int, LocatedImage]]
+"""Images by id, without those that are gone."""
 
 
 class PairVerifier:
@@ -54,12 +53,8 @@ class PairVerifier:
         side = backbone.spec.input_size
 
         def load(image_id: int) -> Reference | None:
-            try:
-                path, sha256 = files_of([image_id])[image_id]
-                content = read_file(path)
-                return make_reference(content.data, side=side) if content.sha256 == sha256 else None
-            except (ImageError, KeyError):
-                return None
+            image = files_of([image_id]).get(image_id)
+            return None if image is None else image.reference(side)
 
         known = KnownReferences(load)
 
@@ -116,9 +111,5 @@ class PairChecks:
         return first is None or second is None or are_unproven_plain(first, second)
 
     def _read(self, image_id: int) -> PictureNature | None:
-        try:
-            path, sha256 = self._files_of([image_id])[image_id]
-            content = read_file(path)
-            return nature_of(content.data) if content.sha256 == sha256 else None
-        except (ImageError, KeyError):
-            return None
+        image = self._files_of([image_id]).get(image_id)
+        return None if image is None else image.nature()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
 import os
 import shutil
@@ -15,12 +13,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
-from dino_index.catalog.portable_paths import decode_path
-from dino_index.errors import ImageError, OutputExists, OutputUnwritable
-from dino_index.images import load_image
+from dino_index.errors import OutputExists, OutputUnwritable
 from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
+from dino_search.thumbnails import thumbnail_uri
 
 KIND = "duplicates"
 """What the catalog calls such a file."""
@@ -118,24 +114,12 @@ class _Thumbnails:
             for file in islice(group.files, _THUMBNAILS_PER_GROUP):
                 source = None
                 if self._left > 0:
-                    source = _thumbnail(file.path)
+                    source = thumbnail_uri(file.path, side=_THUMBNAIL_SIDE, quality=80)
                     self._left -= 1
                 else:
                     self.num_left_out += 1
                 shown.append((file, source))
             yield group, shown, len(group.files) - len(shown)
-
-
-def _thumbnail(portable_path: str) -> str | None:
-    """A data URI of the picture, without any metadata of the original; None if it cannot be read."""
-    try:
-        picture = Image.fromarray(load_image(decode_path(portable_path), max_short_side=_THUMBNAIL_SIDE).pixels_HWC)
-    except ImageError:
-        return None
-    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _readable(num_bytes: int) -> str:

@@ -30,6 +30,7 @@ from dino_index.duplicate_groups import CopyPairs, Linkage, NodeGroup, group_pai
 from dino_index.image_paths import parent_of
 from dino_index.index_types import Rows
 from dino_index.near_pairs import MAX_PARTNERS, near_pairs
+from dino_search.copies import LocatedImage
 from dino_search.copy_results import CopyMatch, CopyQuery
 from dino_search.duplicate_checks import FileOf, PairChecks, PairVerifier
 
@@ -592,10 +593,13 @@ class _File:
     height: int
 
 
-def _readable_files(catalog: Catalog, collection: CollectionInfo, ids: Sequence[int]) -> dict[int, tuple[str, bytes]]:
+def _readable_files(catalog: Catalog, collection: CollectionInfo, ids: Sequence[int]) -> dict[int, LocatedImage]:
     with catalog.reading() as session:
         files = _files(session, collection, list(ids))
-    return {image: (decode_path(file.path), bytes.fromhex(file.sha256)) for image, file in files.items()}
+    return {
+        image: LocatedImage(decode_path(file.path), bytes.fromhex(file.sha256), file.width, file.height)
+        for image, file in files.items()
+    }
 
 
 def _files(session: Session, collection: CollectionInfo, ids: list[int]) -> dict[int, _File]:

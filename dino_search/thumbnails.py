@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from dino_index.catalog.portable_paths import decode_path
+from dino_index.errors import ImageError
 from dino_index.images import load_image
 
 
@@ -37,3 +38,11 @@ def make_thumbnail(portable_path: str, *, side: int, quality: int) -> Thumbnail:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality, optimize=True)
     return Thumbnail(width=picture.width, height=picture.height, jpeg=buffer.getvalue())
+
+
+def thumbnail_uri(portable_path: str, *, side: int, quality: int) -> str | None:
+    """A data URI of the picture's thumbnail; None if it cannot be read any more."""
+    try:
+        return make_thumbnail(portable_path, side=side, quality=quality).data_uri
+    except ImageError:
+        return None
