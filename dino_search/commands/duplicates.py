@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -149,14 +149,14 @@ def _check_options(
     yes: bool,
 ) -> None:
     """Raises BadParameter."""
-    from dino_index.duplicate_groups import Linkage
-    from dino_search.duplicate_actions import Action
-    from dino_search.duplicates import Keep
+    from dino_index.duplicate_groups import LINKAGES
+    from dino_search.duplicate_actions import ACTIONS
+    from dino_search.duplicates import KEEP_POLICIES
 
     for option, value, allowed in (
-        ("--group", group, get_args(Linkage)),
-        ("--keep", keep, get_args(Keep)),
-        ("--apply", apply, (None, *get_args(Action))),
+        ("--group", group, LINKAGES),
+        ("--keep", keep, KEEP_POLICIES),
+        ("--apply", apply, (None, *ACTIONS)),
     ):
         if value not in allowed:
             names = ", ".join(name for name in allowed if name is not None)
