@@ -5,11 +5,13 @@ Shapes: V views of one query, B pictures in a forward pass, S x S pixels, H x W 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -23,15 +25,20 @@ from dino_index.images import load_image
 from dino_index.picture_nature import PictureNature, nature_of
 from dino_index.query_views import QueryView, Variants, check_variants, query_views
 from dino_index.regions import Regions, check_regions
-from dino_index.verification import Patches, Verification, patches_of, verify
+from dino_index.verification import SURE, Matching, Patches, Verification, match, patches_of, verify, verify_best
 
 # Of .25 to 1 the best on edited copies of photographs; micro-AP changes by .01 over that range.
 VERIFICATION_WEIGHT = 0.5
-VERIFIED_SCORE = 0.7
-"""From here on patches and pixels are taken to show the same."""
+VERIFIED_SCORE = SURE
 # From here on no false pair was seen; other candidates matter only where they are about as alike: further copies are.
 _BEYOND_DOUBT = 0.95
 _FAR_BEHIND = 0.2
+# Candidates that are so much less alike than the best one are not verified: of 500 edited copies no more were found.
+_HOPELESSLY_BEHIND = 0.15
+# Ways to look at a query that are tried on a candidate: a mirror image is nearly as alike as what it mirrors.
+_MAX_VIEWS = 4
+# Of the patches of a view: where so many agree, it is the right one.
+_CLEAR_INLIERS_FRAC = 1 / 6
 _QUERIES_AHEAD = 4
 # Parts of a query are cut from a picture whose shorter side has this many times the model's input size.
 _PICTURE_SCALE = 2
@@ -198,12 +205,11 @@ class CopyDetector:
         if isinstance(item, FailedQuery):
             return []
         embed = self._backbone.embed_with_patches if self._options.num_verified else self._without_patches
-        size = self._backbone.batch_size
         pixels = [view.pixels_SSC for view in item.views]
-        return [
-            forward.submit(embed, self._backbone.stack(pixels[begin : begin + size]))
-            for begin in range(0, len(pixels), size)
-        ]
+        # Equal parts: a pass of the one view that is left over would cost half as much again for it.
+        num_passes = math.ceil(len(pixels) / self._backbone.batch_size)
+        ends = [len(pixels) * number // num_passes for number in range(num_passes + 1)]
+        return [forward.submit(embed, self._backbone.stack(pixels[begin:end])) for begin, end in pairwise(ends)]
 
     def _without_patches(self, pixels_BHWC: NDArray[np.uint8]) -> _Embedded:
         return *self._backbone.embed(pixels_BHWC), None
@@ -213,41 +219,44 @@ class CopyDetector:
     ) -> Future[list[Detection]] | None:
         if isinstance(item, FailedQuery):
             return None
-        parts = [future.result() for future in futures]
+        # Not in this thread, whose products would take all processors from the forward passes.
+        return forward.submit(self._look_into, item, [future.result() for future in futures])
+
+    def _look_into(self, query: Query, parts: Sequence[_Embedded]) -> list[Detection]:
+        """The candidates with the best few verified, in their final order. parts: of the query's views."""
         candidates = self._search.candidates(
             np.concatenate([cls_BD for cls_BD, _, _ in parts]),
             np.concatenate([gem_BD for _, gem_BD, _ in parts]),
-            self._options.k + len(item.excluded),
+            self._options.k + len(query.excluded),
         )
-        candidates = [candidate for candidate in candidates if candidate.image_id not in item.excluded]
-        patches = [patches for _, _, patches_BhwP in parts if patches_BhwP is not None for patches in patches_BhwP]
-        return forward.submit(self._look_into, item, candidates, patches)
-
-    def _look_into(
-        self, query: Query, candidates: Sequence[Candidate], patches_VhwP: Sequence[NDArray[np.float16]]
-    ) -> list[Detection]:
-        """The candidates with the best few verified, in their final order."""
-        verifications = self._verify(query, candidates[: self._options.num_verified], patches_VhwP)
-        detections = [
-            Detection(
-                image_id=candidate.image_id,
-                score=combined_score(candidate.score, verifications.get(candidate.image_id)),
-                likeness=candidate.score,
-                cosine=candidate.cosine,
-                view=query.views[candidate.view],
-                verification=verifications.get(candidate.image_id),
+        candidates = [candidate for candidate in candidates if candidate.image_id not in query.excluded]
+        patches_VhwP = [patches for _, _, patches_BhwP in parts if patches_BhwP is not None for patches in patches_BhwP]
+        verified = self._verify(query, candidates[: self._options.num_verified], patches_VhwP)
+        detections = []
+        for candidate in candidates:
+            view, verification = verified.get(candidate.image_id, (candidate.views[0], None))
+            detections.append(
+                Detection(
+                    image_id=candidate.image_id,
+                    score=combined_score(candidate.score, verification),
+                    likeness=candidate.score,
+                    cosine=candidate.cosine,
+                    view=query.views[view],
+                    verification=verification,
+                )
             )
-            for candidate in candidates
-        ]
         return sorted(detections, key=lambda detection: (-detection.score, detection.image_id))
 
     def _verify(
         self, query: Query, candidates: Sequence[Candidate], patches_VhwP: Sequence[NDArray[np.float16]]
-    ) -> dict[int, Verification]:
-        """By image id; without references that cannot be read, and those far behind one that is beyond doubt."""
-        found: dict[int, Verification] = {}
+    ) -> dict[int, tuple[int, Verification]]:
+        """By image id the view that fits best, and how.
+
+        Without references that cannot be read, and those far behind the best one or one that is beyond doubt.
+        """
+        found: dict[int, tuple[int, Verification]] = {}
         of_views: dict[int, Patches] = {}
-        needed = -np.inf
+        needed = max((candidate.score for candidate in candidates), default=0.0) - _HOPELESSLY_BEHIND
         # The first alone: where it is beyond doubt, few others matter.
         for part in (candidates[:1], candidates[1:]):
             near = [candidate for candidate in part if candidate.score >= needed]
@@ -256,17 +265,33 @@ class CopyDetector:
                 reference = references.get(candidate.image_id)
                 if reference is None or candidate.score < needed:
                     continue
-                view = query.views[candidate.view]
-                if candidate.view not in of_views:
-                    width, height = view.size_of(query.width, query.height)
-                    of_views[candidate.view] = patches_of(
-                        view.pixels_SSC, patches_VhwP[candidate.view], width=width, height=height
-                    )
-                verified = verify(of_views[candidate.view], reference).of_original(view.from_query)
-                found[candidate.image_id] = verified
-                if verified.score >= _BEYOND_DOUBT:
+                view, verification = _verify_views(query, candidate, reference, patches_VhwP, of_views)
+                found[candidate.image_id] = view, verification
+                if verification.score >= _BEYOND_DOUBT:
                     needed = max(needed, candidate.score - _FAR_BEHIND)
         return found
+
+
+def _verify_views(
+    query: Query,
+    candidate: Candidate,
+    reference: Patches,
+    patches_VhwP: Sequence[NDArray[np.float16]],
+    known: dict[int, Patches],
+) -> tuple[int, Verification]:
+    """The view of the query in which the candidate fits best, and how. known: patches of views, which are added to."""
+    views = candidate.views[:_MAX_VIEWS]
+    matchings: list[Matching] = []
+    for number in views:
+        view = query.views[number]
+        if number not in known:
+            width, height = view.size_of(query.width, query.height)
+            known[number] = patches_of(view.pixels_SSC, patches_VhwP[number], width=width, height=height)
+        matchings.append(match(known[number], reference))
+        if matchings[-1].num_inliers >= _CLEAR_INLIERS_FRAC * known[number].num_patches:
+            break
+    best, verification = verify_best(matchings)
+    return views[best], verification.of_original(query.views[views[best]].from_query)
 
 
 def combined_score(likeness: float, verification: Verification | None) -> float:
@@ -296,7 +321,7 @@ class KnownReferences:
         readable = {image_id: reference for image_id, reference in loaded.items() if reference is not None}
         if readable:
             squares = [reference.square_SSC for reference in readable.values()]
-            _, _, patches_BhwP = backbone.embed_with_patches(np.stack(squares))
+            patches_BhwP = backbone.patches(np.stack(squares))
             for (image_id, reference), patches_hwP in zip(readable.items(), patches_BhwP, strict=True):
                 found[image_id] = patches_of(
                     reference.square_SSC, patches_hwP, width=reference.width, height=reference.height

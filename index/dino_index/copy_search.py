@@ -27,17 +27,18 @@ _ROWS_PER_PART = 1 << 17
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A reference that one view of the query resembles. score: cosine less the view's bias."""
+    """A reference that some view of the query resembles. score: cosine less the view's bias."""
 
     image_id: int
     score: float
     cosine: float
-    view: int
-    """Position of the view among the query's."""
+    """Of the view with the best score."""
+    views: tuple[int, ...]
+    """Positions of all views among the query's, the one with the best score first."""
 
 
 class CopySearch:
-    """The copy vectors of a collection, ready to be searched. For one thread at a time."""
+    """The copy vectors of a collection, ready to be searched, in any thread."""
 
     def __init__(self, references: Vectors, descriptor: CopyDescriptor) -> None:
         """references: copy vectors; those of one image are itself, first, and its regions."""
@@ -59,39 +60,41 @@ class CopySearch:
         return float(self._references.vectors_ND[first] @ self._references.vectors_ND[second])
 
     def candidates(self, cls_VD: NDArray[np.float16], gem_VD: NDArray[np.float16], k: int) -> list[Candidate]:
-        """The k best references of one query, each with the view that it resembles most; best first, ties by id.
+        """The k best references of one query; best first, ties by id.
 
         cls_VD, gem_VD: raw vectors of the query's views.
         """
         views_VC = self._descriptor.vectors(cls_VD, gem_VD)
         biases_V = self._descriptor.biases(views_VC)
         num_fetched = k * (_REGIONS_PER_PLACE if self._has_regions else 1) + _NUM_SPARE
-        positions_VK = self._nearest(torch.from_numpy(extended_queries(views_VC, biases_V)), num_fetched)
+        positions_K = self._nearest(torch.from_numpy(extended_queries(views_VC, biases_V)), num_fetched)
+        ids_K = self._references.ids_N[positions_K]
+        cosines_KV = self._references.vectors_ND[positions_K] @ views_VC.T
+        scores_KV = np.round(cosines_KV - biases_V, _SCORE_DECIMALS)
         best: dict[int, Candidate] = {}
-        for view, positions_K in enumerate(positions_VK):
-            cosines_K = self._references.vectors_ND[positions_K] @ views_VC[view]
-            scores_K = cosines_K - biases_V[view]
-            ids_K = self._references.ids_N[positions_K]
-            for image_id, cosine, score in zip(ids_K.tolist(), cosines_K.tolist(), scores_K.tolist(), strict=True):
-                rounded = round(score, _SCORE_DECIMALS)
-                if image_id not in best or best[image_id].score < rounded:
-                    best[image_id] = Candidate(
-                        image_id=image_id, score=rounded, cosine=round(cosine, _SCORE_DECIMALS), view=view
-                    )
+        for image_id, row in zip(ids_K.tolist(), range(len(ids_K)), strict=True):
+            views = np.argsort(-scores_KV[row], kind="stable")
+            score = float(scores_KV[row, views[0]])
+            if image_id not in best or best[image_id].score < score:
+                cosine = round(float(cosines_KV[row, views[0]]), _SCORE_DECIMALS)
+                best[image_id] = Candidate(image_id=image_id, score=score, cosine=cosine, views=tuple(views.tolist()))
         return sorted(best.values(), key=lambda candidate: (-candidate.score, candidate.image_id))[:k]
 
     def _nearest(self, queries_VC: Tensor, number: int) -> NDArray[np.int64]:
-        """positions_VK of the vectors with the largest products, as far as they are told apart in this precision."""
+        """positions_K of the vectors with the largest product with any of the queries, in no order.
+
+        As far as they are told apart in this precision.
+        """
         queries_VC = queries_VC.to(self._dtype)
         scores: list[Tensor] = []
         positions: list[Tensor] = []
         for part, vectors_PC in enumerate(self._parts):
-            scores_VK, positions_VK = (queries_VC @ vectors_PC.T).float().topk(min(number, len(vectors_PC)))
-            scores.append(scores_VK)
-            positions.append(positions_VK + part * _ROWS_PER_PART)
+            best_P = (queries_VC @ vectors_PC.T).amax(dim=0).float()
+            scores_K, positions_K = best_P.topk(min(number, len(vectors_PC)))
+            scores.append(scores_K)
+            positions.append(positions_K + part * _ROWS_PER_PART)
         if not scores:
-            return np.empty((len(queries_VC), 0), np.int64)
-        scores_VK, positions_VK = torch.cat(scores, dim=1), torch.cat(positions, dim=1)
-        chosen_VK = scores_VK.topk(min(number, scores_VK.shape[1])).indices
-        nearest_VK: NDArray[np.int64] = positions_VK.gather(1, chosen_VK).numpy()
-        return nearest_VK
+            return np.empty(0, np.int64)
+        chosen_K = torch.cat(scores).topk(min(number, sum(map(len, scores)))).indices
+        nearest_K: NDArray[np.int64] = torch.cat(positions)[chosen_K].numpy()
+        return nearest_K

@@ -5,6 +5,7 @@ Shapes: B pictures, N patch tokens, D channels; h x w patches, P channels of a p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,9 +50,28 @@ def descriptors_and_patches(model: nn.Module, pictures_BCHW: Tensor, pooling: Po
         features, maps_BPhw = model.forward_intermediates(  # type: ignore[operator]
             pictures_BCHW, indices=stages, norm=False, output_fmt="NCHW"
         )
-    patches_BPhw = torch.cat([F.normalize(map_BPhw.float(), dim=1) for map_BPhw in maps_BPhw], dim=1)
-    patches_BhwP = F.normalize(patches_BPhw, dim=1).permute(0, 2, 3, 1).contiguous()
-    return *descriptors_of(model, features, pooling), patches_BhwP
+    return *descriptors_of(model, features, pooling), _joined(maps_BPhw)
+
+
+def patches(model: nn.Module, pictures_BCHW: Tensor) -> Tensor:
+    """patches_BhwP of `descriptors_and_patches` alone, of a pass that ends with the last block that they are from."""
+    stages = _patch_stages(model)
+    if stages is None:
+        return _joined([_last_map(model, model.forward_features(pictures_BCHW))])  # type: ignore[operator]
+    maps_BPhw = model.forward_intermediates(  # type: ignore[operator]
+        pictures_BCHW, indices=stages, norm=False, output_fmt="NCHW", stop_early=True, intermediates_only=True
+    )
+    return _joined(maps_BPhw)
+
+
+def _joined(maps_BPhw: Sequence[Tensor]) -> Tensor:
+    """patches_BhwP, float32 and of unit length, to which all maps contribute alike."""
+    # Channels come last before anything is computed: this is done for every view of every query.
+    parts_BhwP = [
+        F.normalize(map_BPhw.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format), dim=3)
+        for map_BPhw in maps_BPhw
+    ]
+    return torch.cat(parts_BhwP, dim=3).div_(len(parts_BhwP) ** 0.5)
 
 
 def gem(tokens_BND: Tensor, pooling: Pooling) -> Tensor:

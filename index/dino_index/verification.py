@@ -3,10 +3,11 @@
 Three steps. Patches of both pictures that are each other's nearest are matched. Seeded RANSAC proposes affine maps that
 many matches follow, and scikit-image fits each to all of its matches. The best few maps, and the identity, are tried
 and refined on the pixels (see `alignment`), which decide: alike patches are no proof, since those of two shirts on one
-table lie alike, but their pixels do not fit.
+table lie alike, but their pixels do not fit. That costs most of the time, and is left out where so few matches follow
+any map that they are chance: so do four fifths of the wrong candidates, and no copy that pixels would prove.
 
-Mirrored and turned copies are verified by giving the query as mirrored or turned back; `Verification.of_original`
-expresses the result in the query as it was.
+Mirrored and turned copies are verified by giving the query as mirrored or turned back, in several ways where it is not
+clear in which; `Verification.of_original` expresses the result in the query as it was.
 
 Shapes: h x w patches (N in all), P channels of a patch; S x S grey pixels; L levels of blur; M matches, T maps.
 """
@@ -14,11 +15,13 @@ Shapes: h x w patches (N in all), P channels of a patch; S x S grey pixels; L le
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.transform import AffineTransform
@@ -28,6 +31,8 @@ from dino_index import geometry
 from dino_index.alignment import agreement, blur_levels, refine
 from dino_index.geometry import Map, Polygon
 
+SURE = 0.7
+"""Score from which on patches and pixels are taken to show the same."""
 GREY_SIDE = 128
 """Pixels on a side of the grey picture that is compared."""
 
@@ -47,6 +52,10 @@ _MAX_STRETCH = 2.4
 _MAX_TURN = math.radians(40)
 _COARSE_SAMPLES, _FINE_SAMPLES = 24, 64
 _COARSE_STEPS, _FINE_STEPS = 6, 4
+# Matches of 256 patches that follow one map by chance.
+_MAX_CHANCE_INLIERS = 7
+# Of several ways to look at a query, those that most matches speak for are tried on the pixels.
+_MAX_JUDGED = 2
 # Below this the pixels disagree so much that finer steps change nothing.
 _HOPELESS = 0.25
 _BIAS, _PER_AGREEMENT, _PER_LOG_INLIERS = -8.92, 9.45, 1.40
@@ -69,13 +78,16 @@ class Patches:
     def aspect(self) -> float:
         return self.width / self.height
 
+    @property
+    def num_patches(self) -> int:
+        height, width = self.patches_hwP.shape[:2]
+        return int(height) * int(width)
+
     @cached_property
-    def _unit_vectors(self) -> NDArray[np.float32]:
+    def _unit_vectors(self) -> Tensor:
         """vectors_NP, of unit length."""
-        vectors_NP = self.patches_hwP.reshape(-1, self.patches_hwP.shape[-1]).astype(np.float32)
-        vectors_NP = np.nan_to_num(vectors_NP)
-        unit_NP: NDArray[np.float32] = vectors_NP / np.maximum(np.linalg.norm(vectors_NP, axis=1, keepdims=True), 1e-6)
-        return unit_NP
+        vectors_NP = torch.from_numpy(self.patches_hwP).flatten(0, 1).float().nan_to_num()
+        return F.normalize(vectors_NP, dim=1, eps=1e-6)
 
     @cached_property
     def _blurred(self) -> Tensor:
@@ -128,23 +140,67 @@ def patches_of(square_HWC: NDArray[np.uint8], patches_hwP: NDArray[np.float16], 
     return Patches(patches_hwP=patches_hwP, grey_SS=np.array(grey), width=width, height=height)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matching:
+    """Patches of two pictures that are each other's nearest, and maps that many of them follow.
+
+    query_M2, reference_M2: middles of the matched patches. maps: best first, the identity last.
+    """
+
+    query: Patches
+    reference: Patches
+    query_M2: NDArray[np.float32]
+    reference_M2: NDArray[np.float32]
+    maps: list[Map]
+    num_inliers: int
+    """The most matches that follow one of the maps."""
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether so few matches agree that the pictures do not show the same."""
+        return self.num_inliers <= max(_MIN_MATCHES, _MAX_CHANCE_INLIERS * self.query.num_patches // 256)
+
+
+def match(query: Patches, reference: Patches) -> Matching:
+    """The first two steps of `verify`. Both must come from one model."""
+    # In torch, which keeps to the processor of the calling thread.
+    likeness_NN = (query._unit_vectors @ reference._unit_vectors.T).numpy()
+    nearest_N, back_N = likeness_NN.argmax(axis=1), likeness_NN.argmax(axis=0)
+    numbers_N = np.arange(len(nearest_N))
+    mutual_M = numbers_N[back_N[nearest_N] == numbers_N]
+    query_M2, reference_M2 = query._middles[mutual_M], reference._middles[nearest_N[mutual_M]]
+    maps = [*_proposed_maps(query, reference, query_M2, reference_M2), geometry.identity()]
+    follows_TM = _follows(_rows(maps), query_M2, reference_M2, _tolerance(reference))
+    return Matching(
+        query=query, reference=reference, query_M2=query_M2, reference_M2=reference_M2, maps=maps,
+        num_inliers=int(follows_TM.sum(axis=1).max()),
+    )  # fmt: skip
+
+
 def verify(query: Patches, reference: Patches) -> Verification:
     """How sure it is that the pictures show the same, and where. The same answer every time; never raises.
 
     Both must come from one model. Uniform pictures have nothing to compare: score 0.
     """
-    matches = _match(query, reference)
-    maps = [*_proposed_maps(query, reference, *matches), geometry.identity()]
-    return _judge(query, reference, maps, *matches)
+    return verify_best([match(query, reference)])[1]
 
 
-def _match(query: Patches, reference: Patches) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(query_M2, reference_M2): middles of the patches that are each other's nearest."""
-    likeness_NN = query._unit_vectors @ reference._unit_vectors.T
-    nearest_N, back_N = likeness_NN.argmax(axis=1), likeness_NN.argmax(axis=0)
-    numbers_N = np.arange(len(nearest_N))
-    mutual_M = numbers_N[back_N[nearest_N] == numbers_N]
-    return query._middles[mutual_M], reference._middles[nearest_N[mutual_M]]
+def verify_best(matchings: Sequence[Matching]) -> tuple[int, Verification]:
+    """The position of the matching that holds best, the earlier of equal ones, and its verification.
+
+    matchings: of several ways to look at one query with one reference; at least one.
+    """
+    order = sorted(range(len(matchings)), key=lambda number: -matchings[number].num_inliers)
+    best, verification = order[0], NOTHING
+    for number in order[:_MAX_JUDGED]:
+        if matchings[number].is_chance:
+            break
+        judged = _judge(matchings[number])
+        if judged.score > verification.score:
+            best, verification = number, judged
+        if verification.score >= SURE:
+            break
+    return best, verification
 
 
 def _proposed_maps(
@@ -220,6 +276,11 @@ def _is_plausible(maps_T23: NDArray[np.float32], query_aspect: float, reference_
     return plausible
 
 
+def _rows(maps: Sequence[Map]) -> NDArray[np.float32]:
+    """maps_T23 of maps as matrices of 3 x 3."""
+    return np.stack(maps)[:, :2].astype(np.float32)
+
+
 def _tolerance(reference: Patches) -> float:
     height, width = reference.patches_hwP.shape[:2]
     return _TOLERANCE / min(int(height), int(width))
@@ -263,16 +324,11 @@ def _fitted(
 
 
 @torch.inference_mode()
-def _judge(
-    query: Patches,
-    reference: Patches,
-    maps: list[Map],
-    query_M2: NDArray[np.float32],
-    reference_M2: NDArray[np.float32],
-) -> Verification:
+def _judge(matching: Matching) -> Verification:
     """What the pixels say of the best of the maps."""
+    query, reference = matching.query, matching.reference
     pictures = query._blurred, reference._blurred
-    given_K23 = torch.from_numpy(np.stack(maps)[:, :2].astype(np.float32))
+    given_K23 = torch.from_numpy(_rows(matching.maps))
     refined_K23 = refine(*pictures, given_K23, num_samples=_COARSE_SAMPLES, num_steps=_COARSE_STEPS)
     tried_K23 = _plausible_only(torch.cat([given_K23, refined_K23]), query, reference)
     if not len(tried_K23):  # not even the identity, between pictures of very different aspects
@@ -287,7 +343,8 @@ def _judge(
     if not fits.num_blocks_K[best]:
         return NOTHING
     map_23 = best_123[best].numpy()
-    num_inliers = int(_follows(map_23[None], query_M2, reference_M2, _tolerance(reference)).sum())
+    follows_1M = _follows(map_23[None], matching.query_M2, matching.reference_M2, _tolerance(reference))
+    num_inliers = int(follows_1M.sum())
     transform = np.vstack([map_23, [0, 0, 1]]).astype(np.float64)
     query_area, reference_area = geometry.shared_areas(transform)
     agreement_frac = float(fits.share_K[best])

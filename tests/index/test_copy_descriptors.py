@@ -96,10 +96,10 @@ def test_candidates_are_the_references_that_any_view_resembles_most(descriptor: 
     search = CopySearch(Vectors(np.arange(200) + 1000, references), descriptor)
     found = search.candidates(*views, 10)
     expected = candidates_by_hand(descriptor, references, views, 10)
-    assert [(candidate.image_id - 1000, candidate.view) for candidate in found] == expected
+    assert [(candidate.image_id - 1000, candidate.views[0]) for candidate in found] == expected
     vectors = descriptor.vectors(*views)
     best = found[0]
-    assert best.cosine == pytest.approx(float(vectors[best.view] @ references[best.image_id - 1000]), abs=1e-5)
+    assert best.cosine == pytest.approx(float(vectors[best.views[0]] @ references[best.image_id - 1000]), abs=1e-5)
 
 
 def test_each_image_is_one_candidate_by_its_best_region() -> None:

@@ -16,7 +16,7 @@ from dino_index.backbones import Backbone
 from dino_index.edits import apply_edits
 from dino_index.images import load_image
 from dino_index.model_files import resolve_model
-from dino_index.verification import NOTHING, Patches, Verification, patches_of, verify
+from dino_index.verification import NOTHING, Patches, Verification, match, patches_of, verify, verify_best
 
 SURE = 0.9
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "immunohistochemistry", "retina")
@@ -162,6 +162,17 @@ def test_a_variant_of_the_query_is_expressed_in_the_query(
     assert largest_error(found, geometry.inverse(geometry.region(0, 0, 0.75, 1)) @ variant) < 0.02
     assert geometry.area(found.query_area) == pytest.approx(1, abs=0.03)
     assert geometry.area(found.reference_area) == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("mirrored_first", [True, False])
+def test_of_several_views_the_one_that_fits_is_chosen(mirrored_first: bool) -> None:
+    image = photograph("chelsea")
+    crop = image.crop((0, 0, image.width * 3 // 4, image.height))
+    views = [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT), crop]
+    views = views if mirrored_first else views[::-1]
+    best, found = verify_best([match(patches(view), patches(image)) for view in views])
+    assert views[best] is crop
+    assert found.score > SURE
 
 
 def test_the_answer_is_the_same_every_time() -> None:
