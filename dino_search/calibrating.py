@@ -22,7 +22,7 @@ from dino_index.calibration import (
 )
 from dino_index.catalog import Catalog
 from dino_index.collections import CollectionInfo, model_of
-from dino_index.copy_detection import VERIFIED_SCORE, Detection, DetectionOptions, FailedQuery, Query
+from dino_index.copy_detection import Detection, DetectionOptions, FailedQuery, Query
 from dino_index.copy_settings import add_calibration, latest_calibration
 from dino_index.edited_queries import draw_edits, edited_copy
 from dino_index.errors import CalibrationImpossible, CatalogError, ImageError, LabelFileError
@@ -31,6 +31,7 @@ from dino_index.image_paths import absolute_path
 from dino_index.images import load_image
 from dino_index.indexing import Progress
 from dino_index.verdicts import load_verdicts, ordered_pair
+from dino_index.verification import VERIFIED_SCORE
 from dino_search.copies import CopyFinder, LocatedImage
 
 _PRECISIONS = (0.9, 0.95, 0.99, 0.999)

@@ -24,7 +24,6 @@ from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, join_path
 from dino_index.copy_decisions import Judgement, Verdict, judge
 from dino_index.copy_detection import (
-    VERIFIED_SCORE,
     CopyDetector,
     Detection,
     DetectionOptions,
@@ -48,6 +47,7 @@ from dino_index.reference_regions import embed_regions, load_region_vectors
 from dino_index.snapshots import Vectors
 from dino_index.source_listing import list_sources, shard_files
 from dino_index.verdicts import load_verdicts, ordered_pair
+from dino_index.verification import VERIFIED_SCORE
 from dino_search.copy_results import CopyMatch, CopyQuery
 
 StrPath = str | os.PathLike[str]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from dino_index.catalog.portable_paths import decode_path, encode_path
+from dino_index.durable_files import sync_folder
 from dino_index.errors import ActionLogUnusable, ActionUnsupported
 from dino_index.image_paths import is_url, split_member
 from dino_search.duplicates import Duplicate, DuplicateGroup
@@ -345,7 +346,7 @@ class _Log:
             try:
                 moment = datetime.now(UTC).isoformat(timespec="seconds")
                 log.write({"log": _LOG_KIND, "version": _LOG_VERSION, "action": action, "at": moment})
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             except BaseException:
                 log._file.close()
                 raise
@@ -533,15 +534,6 @@ def _digest(path: str) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def new_log_path(home: Path) -> Path:

@@ -14,10 +14,10 @@ from functools import lru_cache
 from dino_index.backbones import Backbone
 from dino_index.calibration import DecisionRule
 from dino_index.copy_decisions import Decision
-from dino_index.copy_detection import VERIFIED_SCORE, KnownReferences, Reference, combined_score
+from dino_index.copy_detection import KnownReferences, Reference, combined_score
 from dino_index.embedding import num_processors
 from dino_index.picture_nature import PictureNature, are_burst_frames, are_unproven_plain
-from dino_index.verification import verify
+from dino_index.verification import VERIFIED_SCORE, verify
 from dino_search.copies import LocatedImage
 
 _FILES_A_PART = 64

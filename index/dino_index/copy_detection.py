@@ -25,11 +25,10 @@ from dino_index.images import load_image
 from dino_index.picture_nature import PictureNature, nature_of
 from dino_index.query_views import QueryView, Variants, check_variants, query_views
 from dino_index.regions import Regions, check_regions
-from dino_index.verification import SURE, Matching, Patches, Verification, match, patches_of, verify, verify_best
+from dino_index.verification import Matching, Patches, Verification, match, patches_of, verify, verify_best
 
 # Of .25 to 1 the best on edited copies of photographs; micro-AP changes by .01 over that range.
 VERIFICATION_WEIGHT = 0.5
-VERIFIED_SCORE = SURE
 # From here on no false pair was seen; other candidates matter only where they are about as alike: further copies are.
 _BEYOND_DOUBT = 0.95
 _FAR_BEHIND = 0.2

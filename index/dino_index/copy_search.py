@@ -72,7 +72,7 @@ class CopySearch:
         cosines_KV = self._references.vectors_ND[positions_K] @ views_VC.T
         scores_KV = np.round(cosines_KV - biases_V, _SCORE_DECIMALS)
         best: dict[int, Candidate] = {}
-        for image_id, row in zip(ids_K.tolist(), range(len(ids_K)), strict=True):
+        for row, image_id in enumerate(ids_K.tolist()):
             views = np.argsort(-scores_KV[row], kind="stable")
             score = float(scores_KV[row, views[0]])
             if image_id not in best or best[image_id].score < score:

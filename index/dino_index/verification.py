@@ -31,7 +31,7 @@ from dino_index import geometry
 from dino_index.alignment import agreement, blur_levels, refine
 from dino_index.geometry import Map, Polygon
 
-SURE = 0.7
+VERIFIED_SCORE = 0.7
 """Score from which on patches and pixels are taken to show the same."""
 GREY_SIDE = 128
 """Pixels on a side of the grey picture that is compared."""
@@ -198,7 +198,7 @@ def verify_best(matchings: Sequence[Matching]) -> tuple[int, Verification]:
         judged = _judge(matchings[number])
         if judged.score > verification.score:
             best, verification = number, judged
-        if verification.score >= SURE:
+        if verification.score >= VERIFIED_SCORE:
             break
     return best, verification
 

@@ -15,6 +15,7 @@ from dino_index.catalog.bulk import insert_rows
 from dino_index.catalog.column_types import portable_text
 from dino_index.catalog.sqlite import SqliteStore, copy_file
 from dino_index.catalog.store import WRITE, upgrade
+from dino_index.durable_files import sync_folder
 from dino_index.errors import BackupUnusable
 
 OWN_SETTING = "catalog"
@@ -99,7 +100,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
@@ -181,12 +182,3 @@ def _sequences(connection: Connection) -> list[tuple[str, str]]:
         if sequence is not None:
             found.append((name, str(sequence)))
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
