@@ -31,6 +31,7 @@ from dino_search.commands import (
     reindexing,
     relocating,
     searching,
+    serving,
     verdicts,
 )
 from dino_search.commands.output import complain
@@ -95,6 +96,7 @@ for register in (
     housekeeping,
     catalog,
     verdicts,
+    serving,
     bench,
     doctor,
     demo,

@@ -23,6 +23,7 @@ DinoSearchError
 │   ├── CollectionEmpty     a collection without one readable image
 │   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
 │   ├── NoLabels            classification without labelled images
+│   ├── ImageNotFound       no image of this id in the collection
 │   ├── IndexTypeInvalid    neither a named index type nor a FAISS factory string
 │   └── TooLittleMemory     an index that would not fit into memory
 ├── SourceError
@@ -48,6 +49,14 @@ DinoSearchError
 ├── ActionError
 │   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
 │   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
+├── ServiceError
+│   ├── SettingsInvalid     settings of the service with an unknown key or a value out of range
+│   ├── RequestInvalid      a request whose fields are missing, too many or out of range
+│   ├── MediaTypeRefused    a request body that is neither JSON nor a form
+│   ├── TooManyRequests     one client has more requests waiting than its share
+│   ├── ServerFull          as many requests wait as may
+│   ├── RequestTimedOut     a request that took longer than allowed
+│   └── NotReady            the service is starting, or about to end
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── VerdictFileError        a file of verdicts that cannot be read, or has rows of no use; none was recorded
 ├── OutputExists            a file that would be overwritten without --force
@@ -186,6 +195,10 @@ class NoLabels(CollectionError):
     code = "no_labels"
 
 
+class ImageNotFound(CollectionError):
+    code = "image_not_found"
+
+
 class IndexTypeInvalid(CollectionError):
     code = "index_type_invalid"
 
@@ -292,6 +305,58 @@ class ActionUnsupported(ActionError):
 
 class ActionLogUnusable(ActionError):
     code = "action_log_unusable"
+
+
+class ServiceError(DinoSearchError):
+    """A request to the service that cannot be answered, or a service that cannot be run, as asked."""
+
+    code = "service"
+
+
+class SettingsInvalid(ServiceError):
+    code = "settings_invalid"
+
+
+class RequestInvalid(ServiceError):
+    code = "request_invalid"
+
+
+class MediaTypeRefused(ServiceError):
+    code = "media_type_refused"
+
+
+class TooManyRequests(ServiceError):
+    """retry_after_s: when to try again."""
+
+    code = "too_many_requests"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerFull(ServiceError):
+    """retry_after_s: when to try again."""
+
+    code = "server_full"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimedOut(ServiceError):
+    code = "request_timed_out"
+
+
+class NotReady(ServiceError):
+    """reasons: each a line."""
+
+    code = "not_ready"
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = list(reasons)
 
 
 class LabelFileError(DinoSearchError):

@@ -1,0 +1,69 @@
+"""`create_app`: the one place that puts the service together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
+
+from dino_search.api import problems
+from dino_search.api.draining import InFlight
+from dino_search.api.engine import Engine
+from dino_search.api.metrics import MeasuredRequests, Metrics
+from dino_search.api.requests import ClientGone
+from dino_search.api.routes import collections, images, probes, searching
+from dino_search.api.settings import ServiceSettings
+from dino_search.api.tracing import Tracing
+
+_DESCRIPTION = """Search by image, copy detection and k-NN classification in your own pictures.
+
+Errors are `application/problem+json` (RFC 9457) with a stable `type`."""
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """The service as an ASGI application; its lifespan loads and releases everything."""
+    tracing = Tracing.from_environment()
+    metrics = Metrics(tracing)
+    engine = Engine(settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # The service answers meanwhile: /livez that it lives, /readyz why it is not ready yet.
+        warming = asyncio.create_task(engine.warm_up())
+        try:
+            yield
+        finally:
+            warming.cancel()
+            await asyncio.gather(warming, return_exceptions=True)
+            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(tracing.shut_down)
+
+    app: FastAPI = FastAPIOffline(
+        title="dino-search",
+        version=version("dino-search"),
+        description=_DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=lifespan,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.settings = settings
+    app.state.engine = engine
+    # app.state.jobs: set here.
+    problems.add_handlers(app)
+    app.add_exception_handler(ClientGone, _answer_nobody)
+    for module in (searching, collections, images, probes):
+        app.include_router(module.router)
+    app.add_middleware(InFlight, engine=engine)
+    app.add_middleware(MeasuredRequests, metrics=metrics, tracing=tracing)
+    return app
+
+
+async def _answer_nobody(request: object, error: Exception) -> Response:
+    """What is written for a client that has gone reaches nobody; the status is for the log."""
+    return Response(status_code=499)

@@ -1,0 +1,91 @@
+"""Running the service: uvicorn, from the first request to the last."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from dino_search.api.app import create_app
+from dino_search.api.engine import Engine
+from dino_search.api.settings import ServiceSettings
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_STEP_S = 0.05
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which on the first SIGTERM or Ctrl-C takes no new work, finishes what it has, and ends well.
+
+    The ports stay open meanwhile, so that /readyz says to whoever deals requests out that no more should come.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_s = drain_s
+        self._asked_at: float | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own sends the signal once more at the end, which would end the process by it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.drain(at_once=self._asked_at is not None)
+
+    def drain(self, *, at_once: bool = False) -> None:
+        """Ends the service after what is in flight, or at once. In any thread."""
+        self._engine.is_draining = True
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            logger.info("ending after what is in flight; once more to end at once")
+        if at_once:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._asked_at is not None and not self.should_exit:
+            late = time.monotonic() - self._asked_at > self._drain_s
+            if late or not self._engine.num_in_flight:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run_service(settings: ServiceSettings) -> None:
+    """Serves until the process is told to end."""
+    server = make_server(settings)
+    server.run()
+
+
+def make_server(settings: ServiceSettings, **options: Any) -> Server:
+    """A server that is ready to run. options: uvicorn's own."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        lifespan="on",
+        server_header=False,
+        **options,
+    )
+    return Server(config, app.state.engine, settings.drain_s)
