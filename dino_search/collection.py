@@ -226,33 +226,17 @@ class Collection:
         from this cosine on instead.
         Raises CollectionNotFound, CatalogErrors; ValueError for a score or precision out of range.
         """
-        from dino_index.descriptor_learning import copy_descriptor
-        from dino_index.verdicts import load_verdicts
-        from dino_search.copy_runs import duplicate_rules
-        from dino_search.duplicates import DuplicateOptions, find_duplicates, fixed_rule
+        from dino_search.copy_runs import duplicates_in
+        from dino_search.duplicates import DuplicateOptions
 
         catalog = self._existing_catalog()
         with catalog.reading() as session:
             collection = find_collection(session, self.name)
-            verdicts = load_verdicts(session)
-        models = models_folder(self.home)
-        descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
-        rule, verifier = None if copy_score is None else fixed_rule(copy_score), None
-        if rule is None:
-            rule, verifier = duplicate_rules(
-                catalog, collection, models, target_precision, lambda: self._loaded_backbone(collection), on_remark
-            )
-        options = options or DuplicateOptions()
-        return find_duplicates(
-            catalog,
-            self.name,
-            options,
-            rule,
-            descriptor=descriptor,
-            verdicts=verdicts,
-            verifier=verifier if options.checked else None,
-            on_progress=on_progress,
-        )
+        return duplicates_in(
+            catalog, collection, models_folder(self.home), options or DuplicateOptions(),
+            target_precision=target_precision, copy_score=copy_score,
+            load_backbone=lambda: self._loaded_backbone(collection), on_remark=on_remark, on_progress=on_progress,
+        )  # fmt: skip
 
     def is_indexed(self, folder: StrPath) -> bool:
         """Whether a folder lies in one that was indexed. Raises CollectionNotFound."""
@@ -461,34 +445,29 @@ class Collection:
         """
         from dino_index.backbones import Backbone
         from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
-        from dino_index.descriptor_learning import copy_descriptor
-        from dino_search.calibrating import mode_of, shipped_calibration, stored_calibration
+        from dino_search.calibrating import mode_of, shipped_calibration
         from dino_search.copies import CopiesOptions
-        from dino_search.copy_runs import PairTools, compare_pair, pair_rule
+        from dino_search.copy_runs import PairTools, compare_pair, pair_rule, pair_tools
 
         options = options or CopiesOptions()
-        mode = mode_of(options.detection)
         models = models_folder(self.home)
         try:
-            catalog: Catalog | None = self._existing_catalog()
-            with self._existing_catalog().reading() as session:
-                collection: CollectionInfo | None = find_collection(session, self.name)
+            catalog = self._existing_catalog()
+            with catalog.reading() as session:
+                collection = find_collection(session, self.name)
         except CollectionNotFound:
-            catalog, collection = self._catalog, None
-        if catalog is not None and collection is not None:
-            backbone = self._loaded_backbone(collection)
-            descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
-            calibration = stored_calibration(catalog, collection, models, mode)
-        else:
             spec = self._model or resolve_default(Models(self.home, self._database).default(), self.home)
             backbone = Backbone(spec, device=self._device)
-            descriptor = shipped_descriptor(spec.weights_path) or CopyDescriptor()
-            calibration = shipped_calibration(spec.weights_path, mode)
-        descriptor = descriptor.switched(
-            whitening=options.detection.whitening, normalisation=options.detection.normalisation
-        )
-        rule = pair_rule(calibration, options, backbone.spec.name)
-        tools = PairTools(backbone=backbone, descriptor=descriptor, rule=rule, options=options, catalog=catalog)
+            descriptor = (shipped_descriptor(spec.weights_path) or CopyDescriptor()).switched(
+                whitening=options.detection.whitening, normalisation=options.detection.normalisation
+            )
+            calibration = shipped_calibration(spec.weights_path, mode_of(options.detection))
+            rule = pair_rule(calibration, options, spec.name)
+            tools = PairTools(
+                backbone=backbone, descriptor=descriptor, rule=rule, options=options, catalog=self._catalog
+            )
+        else:
+            tools = pair_tools(catalog, collection, self._loaded_backbone(collection), models, options, on_remark)
         return compare_pair(tools, first, second)
 
     def _copy_finder(

@@ -64,17 +64,7 @@ class Verdicts:
         with self._reading() as session:
             if session is None:
                 return []
-            chosen = find_collection(session, collection).id if collection is not None else None
-            recorded = recorded_verdicts(session, chosen)
-            paths = _paths_of(session, {digest for verdict in recorded for digest in verdict.pair}, chosen)
-        return [
-            VerdictRow(
-                query=paths.get(verdict.pair[0], ""), reference=paths.get(verdict.pair[1], ""),
-                decision=verdict.decision, query_sha256=verdict.pair[0].hex(),
-                reference_sha256=verdict.pair[1].hex(), note=verdict.note, decided_at=verdict.decided_at.isoformat(),
-            )
-            for verdict in recorded
-        ]  # fmt: skip
+            return listed_verdicts(session, collection)
 
     def export(self, file: str | Path, collection: str | None = None, *, force: bool = False) -> int:
         """Writes what `listed` gives into a .csv or .json file, whole or not at all; how many verdicts.
@@ -160,6 +150,21 @@ class Verdicts:
             return
         with closing(catalog), catalog.reading() as session:
             yield session
+
+
+def listed_verdicts(session: Session, collection: str | None = None) -> list[VerdictRow]:
+    """What `Verdicts.listed` gives, as the session sees it. Raises CollectionNotFound."""
+    chosen = find_collection(session, collection).id if collection is not None else None
+    recorded = recorded_verdicts(session, chosen)
+    paths = _paths_of(session, {digest for verdict in recorded for digest in verdict.pair}, chosen)
+    return [
+        VerdictRow(
+            query=paths.get(verdict.pair[0], ""), reference=paths.get(verdict.pair[1], ""),
+            decision=verdict.decision, query_sha256=verdict.pair[0].hex(),
+            reference_sha256=verdict.pair[1].hex(), note=verdict.note, decided_at=verdict.decided_at.isoformat(),
+        )
+        for verdict in recorded
+    ]  # fmt: skip
 
 
 def _located(portable: str, folder: Path) -> str:

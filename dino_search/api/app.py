@@ -12,13 +12,16 @@ from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
 
 from dino_search.api import problems
+from dino_search.api.copying import Copying
 from dino_search.api.draining import InFlight
+from dino_search.api.duplicating import Duplicating
 from dino_search.api.engine import Engine
 from dino_search.api.metrics import MeasuredRequests, Metrics
 from dino_search.api.requests import ClientGone
-from dino_search.api.routes import collections, images, probes, searching
+from dino_search.api.routes import collections, copying, deciding, images, probes, searching
 from dino_search.api.settings import ServiceSettings
 from dino_search.api.tracing import Tracing
+from dino_search.api.uploads import Uploads
 
 _DESCRIPTION = """Search by image, copy detection and k-NN classification in your own pictures.
 
@@ -40,7 +43,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         finally:
             warming.cancel()
             await asyncio.gather(warming, return_exceptions=True)
-            await asyncio.to_thread(engine.close)
+            for part in (app.state.uploads, app.state.duplicating, app.state.copying, engine):
+                await asyncio.to_thread(part.close)
             await asyncio.to_thread(tracing.shut_down)
 
     app: FastAPI = FastAPIOffline(
@@ -54,10 +58,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.engine = engine
-    # app.state.jobs: set here.
+    app.state.copying = Copying(engine)
+    app.state.duplicating = Duplicating(engine)
+    app.state.uploads = Uploads(engine)
+    # app.state.jobs, app.state.fetch_picture: set here.
     problems.add_handlers(app)
     app.add_exception_handler(ClientGone, _answer_nobody)
-    for module in (searching, collections, images, probes):
+    for module in (searching, copying, collections, images, deciding, probes):
         app.include_router(module.router)
     app.add_middleware(InFlight, engine=engine)
     app.add_middleware(MeasuredRequests, metrics=metrics, tracing=tracing)

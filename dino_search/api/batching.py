@@ -109,6 +109,8 @@ class ForwardPasses:
         self.backbone = backbone
         self._metrics = metrics
         self._max_wait_s = max_wait_s
+        self.shared = SharedBackbone(self)
+        """The model for other work, which shares the slots."""
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._coming = 0
@@ -252,11 +254,56 @@ class ForwardPasses:
                     item.future.set_exception(error)
 
 
-class SharedExecutor(Executor):
-    """Runs work in the slots of `ForwardPasses`, in order with everything else that waits there."""
+class SharedBackbone:
+    """A model for work that takes many passes, copy detection for one: each takes a slot as the pictures' batches do.
+
+    What needs a `Backbone` takes it as one.
+    """
 
     def __init__(self, passes: ForwardPasses) -> None:
         self._passes = passes
+        self._backbone = passes.backbone
+        self._slot = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def embed(self, pixels_BHWC: NDArray[np.uint8]) -> Any:
+        return self._in_slot(self._backbone.embed, pixels_BHWC)
+
+    def embed_with_patches(self, pixels_BHWC: NDArray[np.uint8]) -> Any:
+        return self._in_slot(self._backbone.embed_with_patches, pixels_BHWC)
+
+    def attention(self, pixels_BHWC: NDArray[np.uint8]) -> Any:
+        return self._in_slot(self._backbone.attention, pixels_BHWC)
+
+    @contextmanager
+    def forward_threads(self) -> Iterator[Executor]:
+        """As of a `Backbone`; the threads are those of all requests, and go on afterwards."""
+        yield _SlotExecutor(self)
+
+    def run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """The work in a slot, in which it may embed."""
+
+        def in_slot() -> Any:
+            self._slot.taken = True
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self._slot.taken = False
+
+        return self._passes.run(in_slot)
+
+    def _in_slot(self, work: Callable[..., Any], *args: Any) -> Any:
+        # What has a slot already would wait for one for ever.
+        if getattr(self._slot, "taken", False):
+            return work(*args)
+        return self.run(work, *args).result()
+
+
+class _SlotExecutor(Executor):
+    def __init__(self, backbone: SharedBackbone) -> None:
+        self._backbone = backbone
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._passes.run(lambda: fn(*args, **kwargs))
+        return self._backbone.run(fn, *args, **kwargs)

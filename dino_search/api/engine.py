@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,9 +28,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
-from dino_index.catalog.portable_paths import decode_path
+from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.catalog.sqlite import SqliteStore
-from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of
+from dino_index.collections import CollectionInfo, find_collection, join_path, model_of
 from dino_index.embedding import num_processors
 from dino_index.errors import (
     CatalogUnavailable,
@@ -41,7 +42,9 @@ from dino_index.errors import (
     RequestInvalid,
 )
 from dino_index.filters import parse_filter
+from dino_index.image_bytes import read_file
 from dino_index.images import decode
+from dino_index.model_files import ModelSpec
 from dino_index.model_store import models_folder
 from dino_index.snapshots import normalise, stored_vector
 from dino_index.vector_index import VectorIndex
@@ -60,6 +63,8 @@ T = TypeVar("T")
 _NUM_CATALOG_THREADS = 4
 # A reindex that switches the model between a query's embedding and its search is met at most so often.
 _MAX_SWITCHES_MET = 3
+# Errors that say nothing about the other pictures of a request.
+_OF_ONE_PICTURE = (ImageError, ImageNotFound, RequestInvalid)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,6 +76,14 @@ class _Found:
     pixels_HWC: NDArray[np.uint8] | None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Embedded:
+    """A query's unit vector under a collection's model."""
+
+    collection: CollectionInfo
+    vector_D: NDArray[np.float32]
+
+
 class _Shelf:
     """One collection's vectors, and the one thread that may touch them."""
 
@@ -79,11 +92,13 @@ class _Shelf:
         self._name = name
         self._metrics = metrics
         self._vectors: VectorIndex | None = None
-        self._of: tuple[int, int] | None = None
+        self._of: tuple[int, int, datetime | None] | None = None
 
     def current(self, catalog: Catalog, session: Session, collection: CollectionInfo) -> VectorIndex:
         """The vectors as the session sees the collection; loaded where they have changed. In the shelf's thread."""
-        of = collection.id, collection.model_id
+        # The id alone may be that of a collection that was deleted before this one was made.
+        created_at = session.scalar(select(CollectionRow.created_at).where(CollectionRow.id == collection.id))
+        of = collection.id, collection.model_id, created_at
         if self._vectors is None or self._of != of or not self._vectors.is_current(session, collection):
             self._vectors = VectorIndex.load(catalog, session, collection)
             self._of = of
@@ -169,6 +184,15 @@ class Engine:
             self._shelves = {}
             self._catalog, self._catalog_file, self._had_catalog = opened, self._file_of(opened), True
             return opened
+
+    def create_catalog(self) -> None:
+        """Makes the catalog where nothing has been indexed yet. Raises CatalogErrors."""
+        try:
+            self.catalog()
+        except CollectionNotFound:
+            created = Catalog.open(self.settings.home, create=True, url=self.settings.database)
+            assert created is not None
+            created.close()
 
     @staticmethod
     def _file_of(catalog: Catalog) -> tuple[int, int] | None:
@@ -256,7 +280,7 @@ class Engine:
         pictures: Sequence[Picture],
         *,
         client: str,
-        collection: str | None,
+        collection: str,
         k: int,
         labelled: bool = False,
         min_score: float | None = None,
@@ -268,23 +292,61 @@ class Engine:
         Raises CollectionNotFound, CollectionEmpty, ImageNotFound, NoLabels, FilterError, RequestInvalid, ImageError,
         TooManyRequests, ServerFull, ModelError, CatalogError.
         """
+        answers = await self.search_each(
+            pictures, client=client, collection=collection, k=k, labelled=labelled, min_score=min_score,
+            filters=filters,
+        )  # fmt: skip
+        found = []
+        for answer in answers:
+            if isinstance(answer, DinoSearchError):
+                raise answer
+            found.append(answer)
+        return found
+
+    async def search_each(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        client: str,
+        collection: str,
+        k: int,
+        labelled: bool = False,
+        min_score: float | None = None,
+        filters: Sequence[str] = (),
+    ) -> list[SearchResults | DinoSearchError]:
+        """As `search`, but what is wrong with a picture is its own answer, and the others have theirs."""
         self.check_k(k)
         parsed = [parse_filter(text) for text in filters]
-        name = collection or self.settings.collection
+        name = collection
         with self.admission.places(client, len(pictures)):
             for _ in range(_MAX_SWITCHES_MET):
-                info, queries_QD = await self.embed_pictures(pictures, name)
+                embedded = await self._embed_each(pictures, name)
+                usable = [
+                    (picture.name, each)
+                    for picture, each in zip(pictures, embedded, strict=True)
+                    if not isinstance(each, DinoSearchError)
+                ]
+                if not usable:
+                    return [each for each in embedded if isinstance(each, DinoSearchError)]
+                names = [name for name, _ in usable]
+                queries_QD = np.stack([each.vector_D for _, each in usable])
 
                 def find(
-                    session: Session, present: CollectionInfo, vectors: VectorIndex, queries_QD: Any = queries_QD
+                    session: Session,
+                    present: CollectionInfo,
+                    vectors: VectorIndex,
+                    names: Sequence[str] = names,
+                    queries_QD: NDArray[np.float32] = queries_QD,
                 ) -> list[SearchResults]:
                     return find_neighbours(
-                        session, present, vectors, queries_QD, [picture.name for picture in pictures],
+                        session, present, vectors, queries_QD, names,
                         k=k, labelled=labelled, min_score=min_score, filters=parsed,
                     )  # fmt: skip
 
-                if (found := await self._with_vectors(info, find)) is not None:
-                    return found
+                models = {each.collection.model_id for _, each in usable}
+                if len(models) == 1 and (found := await self._with_vectors(usable[0][1].collection, find)) is not None:
+                    rest = iter(found)
+                    return [each if isinstance(each, DinoSearchError) else next(rest) for each in embedded]
         raise NotReady(f"collection {name!r} is being given another model; try again")
 
     async def _with_vectors(
@@ -305,29 +367,33 @@ class Engine:
 
         return await in_thread(shelf.thread, search)
 
-    async def embed_pictures(
-        self, pictures: Sequence[Picture], name: str
-    ) -> tuple[CollectionInfo, NDArray[np.float32]]:
-        """The collection, and the unit vector of each picture under its model, (Q, D). Raises as `search` does."""
-        found = await asyncio.gather(*(self._embed(picture, name) for picture in pictures))
-        collection = found[-1][0]
-        if any(info.model_id != collection.model_id for info, _ in found):
-            return await self.embed_pictures(pictures, name)
-        return collection, np.stack([vector_D for _, vector_D in found])
+    async def embed(self, picture: Picture, *, client: str, collection: str) -> tuple[CollectionInfo, list[float]]:
+        """The collection, and the unit vector of a picture under its model. Raises as `search` does."""
+        with self.admission.places(client):
+            embedded = await self._embed(picture, collection)
+        return embedded.collection, embedded.vector_D.tolist()
 
-    async def _embed(self, picture: Picture, name: str) -> tuple[CollectionInfo, NDArray[np.float32]]:
-        known = self._passes_known(name)
-        if known is not None:
-            with known.coming():
-                found = await in_thread(self.decoders, self._look_up, picture, name)
-        else:
+    async def _embed_each(self, pictures: Sequence[Picture], name: str) -> list[_Embedded | DinoSearchError]:
+        """Each picture's vector, or what is wrong with the picture. Raises what would be wrong with all."""
+        embedded = await asyncio.gather(*(self._embed(picture, name) for picture in pictures), return_exceptions=True)
+        results: list[_Embedded | DinoSearchError] = []
+        for each in embedded:
+            if isinstance(each, BaseException) and not isinstance(each, _OF_ONE_PICTURE):
+                raise each
+            results.append(each)
+        return results
+
+    async def _embed(self, picture: Picture, name: str) -> _Embedded:
+        # A pass that is about to begin waits a moment for what is being decoded.
+        passes = self._passes_known(name)
+        with passes.coming() if passes is not None else nullcontext():
             found = await in_thread(self.decoders, self._look_up, picture, name)
         if found.vector_D is not None:
-            return found.collection, found.vector_D
+            return _Embedded(found.collection, found.vector_D)
         assert found.pixels_HWC is not None
         passes = await self.passes_of(found.collection)
         cls_D, _ = await asyncio.wrap_future(passes.embed(found.pixels_HWC))
-        return found.collection, normalise(cls_D[None])[0]
+        return _Embedded(found.collection, normalise(cls_D[None])[0])
 
     def _look_up(self, picture: Picture, name: str) -> _Found:
         """In a decoding thread."""
@@ -346,6 +412,27 @@ class Engine:
         assert picture.data is not None
         side = collection.model_config["input_size"]
         return _Found(collection, None, self.decode(picture, (side, side)))
+
+    async def with_bytes(self, picture: Picture, name: str) -> tuple[CollectionInfo, Picture]:
+        """The collection, and the picture with a file's bytes: of an image of the collection they are read.
+
+        Raises CollectionNotFound, ImageNotFound, ImageError; RequestInvalid for a vector.
+        """
+        if picture.embedding is not None:
+            raise RequestInvalid("embedding: expected a picture, found a vector, from which no picture can be had")
+
+        def look_up() -> tuple[CollectionInfo, Picture]:
+            with self.metrics.stage("catalog"), self.catalog().reading() as session:
+                collection = find_collection(session, name)
+                if picture.image_id is None:
+                    return collection, picture
+                image = image_file(session, picture.image_id)
+            if image.collection != name:
+                raise ImageNotFound(f"no image {picture.image_id} in collection {name!r}")
+            data = read_file(image.path, self.settings.limits).data
+            return collection, Picture(name=encode_path(image.path), data=data)
+
+        return await in_thread(self.decoders, look_up)
 
     def decode(self, picture: Picture, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """Pixels of a picture of which the bytes are there. Raises ImageError."""
@@ -366,22 +453,26 @@ class Engine:
     async def passes_of(self, collection: CollectionInfo) -> ForwardPasses:
         """The forward passes of a collection's model, which is loaded where it is not. Raises ModelError."""
         passes = self._passes.get(collection.fingerprint)
-        return passes or await in_thread(self._loader, self.load_passes, collection)
+        return passes or await in_thread(self._loader, lambda: self._load(model_of(collection, self.models)))
 
-    def load_passes(self, collection: CollectionInfo) -> ForwardPasses:
-        """As `passes_of`; in the loading thread."""
+    async def passes_for(self, spec: ModelSpec) -> ForwardPasses:
+        """The forward passes of a model. Raises ModelError."""
+        return await in_thread(self._loader, self._load, spec)
+
+    def _load(self, spec: ModelSpec) -> ForwardPasses:
+        """In the loading thread."""
         import torch
 
         from dino_index.backbones import Backbone
 
-        if (passes := self._passes.get(collection.fingerprint)) is not None:
+        if (passes := self._passes.get(spec.fingerprint)) is not None:
             return passes
         self._note_torch_threads()
         torch.set_num_threads(self._num_torch_threads)
-        backbone = Backbone(model_of(collection, self.models), device=self.settings.device)
+        backbone = Backbone(spec, device=self.settings.device)
         passes = ForwardPasses(backbone, self.metrics, max_wait_s=self.settings.max_wait_ms / 1000)
         with self._lock:
-            self._passes[collection.fingerprint] = passes
+            self._passes[spec.fingerprint] = passes
         return passes
 
     def _note_torch_threads(self) -> None:
@@ -393,6 +484,13 @@ class Engine:
     def _passes_known(self, name: str) -> ForwardPasses | None:
         """What most probably computes the queries of a collection; for a hint only."""
         return next(iter(self._passes.values())) if len(self._passes) == 1 else None
+
+    def forget(self, name: str) -> None:
+        """Gives up a collection's vectors, which has been removed."""
+        with self._lock:
+            shelf = self._shelves.pop(name, None)
+        if shelf is not None:
+            shelf.close()
 
     def _shelf(self, name: str) -> _Shelf:
         with self._lock:
@@ -441,33 +539,24 @@ def unit_vector(embedding: Sequence[float], collection: CollectionInfo) -> NDArr
     return unit_D
 
 
-def path_of_image(session: Session, image_id: int) -> tuple[str, bytes, int]:
-    """(path as the system names it, sha256, collection id) of a readable image. Raises ImageNotFound."""
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A readable image. path: as the system names it. sha256: of the bytes that were indexed."""
+
+    path: str
+    sha256: bytes
+    collection: str
+
+
+def image_file(session: Session, image_id: int) -> ImageFile:
+    """Raises ImageNotFound."""
     row = session.execute(
-        select(SourceRow.path, ImageRow.path, ImageRow.sha256, ImageRow.collection_id)
+        select(SourceRow.path, ImageRow.path, ImageRow.sha256, CollectionRow.name)
         .join(SourceRow, SourceRow.id == ImageRow.source_id)
+        .join(CollectionRow, CollectionRow.id == ImageRow.collection_id)
         .where(ImageRow.id == image_id, ImageRow.status == "ok")
     ).one_or_none()
     if row is None or row[2] is None:
         raise ImageNotFound(f"no readable image {image_id} in any collection")
-    source, name, sha256, collection_id = row
-    return join_path(decode_path(source), name), sha256, collection_id
-
-
-def summaries(session: Session) -> list[dict[str, Any]]:
-    """Facts about all collections, by name."""
-    names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
-    return [summary_of(session, find_collection(session, name)) for name in names]
-
-
-def summary_of(session: Session, collection: CollectionInfo) -> dict[str, Any]:
-    """The facts about a collection that `info --json` has, without those that are about this machine."""
-    counts = count_images(session, collection)
-    return {
-        "collection": collection.name,
-        "images": counts["ok"],
-        "failed": counts["failed"],
-        "model": collection.model_name,
-        "dim": collection.dim,
-        "input_size": collection.model_config["input_size"],
-    }
+    source, name, sha256, collection = row
+    return ImageFile(join_path(decode_path(source), name), sha256, collection)

@@ -118,7 +118,7 @@ def picture_from(given: PictureGiven, upload: tuple[str, bytes] | None = None, *
     if upload is not None:
         return Picture(name=upload[0], data=upload[1])
     if given.image_base64 is not None:
-        return Picture(name="picture", data=_from_base64(given.image_base64))
+        return Picture(name="picture", data=from_base64(given.image_base64))
     if given.image_id is not None:
         return Picture(name=f"image {given.image_id}", image_id=given.image_id)
     if given.image_url is not None:
@@ -127,8 +127,8 @@ def picture_from(given: PictureGiven, upload: tuple[str, bytes] | None = None, *
     return Picture(name="embedding", embedding=tuple(given.embedding))
 
 
-def _from_base64(text: str) -> bytes:
-    """Raises ImageError, RequestInvalid."""
+def from_base64(text: str) -> bytes:
+    """The bytes; a data URI will do as well. Raises ImageError, RequestInvalid."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

@@ -7,6 +7,7 @@ are stable. Every class of DinoSearchError has its status here, once.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -30,10 +31,12 @@ STATUS_BY_CODE: dict[str, int] = {
     "image": 422,  # by reason, see below
     "model": 503, "model_not_found": 503, "architecture_unknown": 503, "weights_mismatch": 503,
     "checkpoint_refused": 503, "hub_unavailable": 503, "fingerprint_mismatch": 409, "out_of_memory": 503,
+    "attention_unavailable": 409,
     "catalog": 503, "catalog_unavailable": 503, "catalog_damaged": 503, "database_away": 503, "catalog_too_new": 503,
     "catalog_not_empty": 409, "backup_unusable": 422, "storage_full": 503,
-    "collection": 422, "collection_not_found": 404, "collection_empty": 409, "reindex_refused": 409, "no_labels": 409,
-    "image_not_found": 404, "index_type_invalid": 422, "too_little_memory": 503,
+    "collection": 422, "collection_not_found": 404, "collection_empty": 409, "collection_exists": 409,
+    "reindex_refused": 409, "no_labels": 409, "image_not_found": 404, "index_type_invalid": 422,
+    "too_little_memory": 503,
     "source": 422, "source_not_found": 404, "no_images_found": 422, "prune_refused": 409, "manifest": 422,
     "backend_missing": 422, "relocation_refused": 409,
     "filter": 422,
@@ -42,7 +45,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "exchange": 422, "not_an_export": 422, "export_too_new": 422, "export_incomplete": 422, "export_damaged": 422,
     "calibration_impossible": 409,
     "action": 409, "action_unsupported": 409, "action_log_unusable": 409,
-    "service": 500, "settings_invalid": 500, "request_invalid": 422, "media_type_refused": 415,
+    "service": 500, "settings_invalid": 500, "request_invalid": 422, "media_type_refused": 415, "fetching_off": 403,
     "too_many_requests": 429, "server_full": 503, "request_timed_out": 503, "not_ready": 503,
     "label_file": 422, "verdict_file": 422, "output_exists": 409, "output_unwritable": 503,
 }  # fmt: skip
@@ -95,7 +98,7 @@ def problem_of(request: Request, error: DinoSearchError) -> JSONResponse:
     status = status_of(error)
     headers = {}
     if status in (429, 503):
-        headers["Retry-After"] = str(getattr(error, "retry_after_s", _RETRY_AFTER_S))
+        headers["Retry-After"] = str(math.ceil(getattr(error, "retry_after_s", _RETRY_AFTER_S)))
     members = {"reasons": error.reasons} if isinstance(getattr(error, "reasons", None), list) else {}
     detail = str(error)
     if status == 500:

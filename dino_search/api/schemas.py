@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -60,6 +61,108 @@ class SearchRequest(SearchOptions, PictureGiven):
     pass
 
 
+class BatchRequest(SearchOptions):
+    queries: Annotated[list[PictureGiven], Field(min_length=1)] = []
+    """Pictures; in a form the files `image` take their place."""
+
+
+class ClassifyRequest(Scope, PictureGiven):
+    k: Annotated[int, Field(ge=1)] = 20
+    """How many labelled images vote."""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.07
+    """A vote weighs exp(score/temperature)."""
+
+
+class CopyRules(Given):
+    """How pairs are compared and decided about."""
+
+    collection: CollectionName | None = None
+    """The collection; the service's own by default."""
+    target_precision: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Copies are called so that this share of them is right (estimated)."""
+    copy_score: float | None = None
+    """Call copies from this score on instead."""
+    regions: Literal["none", "query"] = "query"
+    """Whether parts of the query are compared, too."""
+    variants: Literal["none", "mirror", "all"] = "all"
+    """Turned views of a query: mirror image, quarter turns, tilts."""
+
+
+class CopiesRequest(CopyRules, PictureGiven):
+    k: Annotated[int, Field(ge=1)] = 20
+    """Candidates."""
+    min_score: float | None = None
+    """Lists only pairs from this score on."""
+    match_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the queries that probably have a match."""
+    verify: Annotated[int, Field(ge=0, le=100)] = 5
+    """Best candidates to verify by their patches; 0: none."""
+
+
+class CompareRequest(CopyRules):
+    a: PictureGiven = PictureGiven()
+    """A picture; in a form the file `a` takes its place."""
+    b: PictureGiven = PictureGiven()
+    """Another."""
+    verify: Annotated[int, Field(ge=0, le=1)] = 1
+    """Whether patches of both must fit."""
+
+
+class EmbedRequest(PictureGiven):
+    collection: CollectionName | None = None
+    """The collection whose model embeds; the service's own by default."""
+
+
+class AttentionRequest(PictureGiven):
+    collection: CollectionName | None = None
+    """The collection whose model looks; the service's own by default."""
+    format: Literal["overlay", "maps"] = "overlay"
+    """A PNG with heat over the picture, or the numbers."""
+    head: Annotated[int, Field(ge=0, le=1023)] | None = None
+    """One head, from 0 on; by default the mean of all, and of `maps` all."""
+
+
+class CollectionRequest(Given):
+    collection: CollectionName
+    model: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^/\\]+$")] | None = None
+    """`bundled`, or a model of the service's home by name; its default one by default."""
+
+
+class UploadFields(Given):
+    label: Annotated[str, Field(max_length=1024)] | None = None
+    """Of all pictures of this request."""
+
+
+class UploadedPicture(Given):
+    image_base64: str
+    """A picture file's bytes in base64."""
+    name: Annotated[str, Field(min_length=1, max_length=255)] = "picture"
+    """What it is called in answers; kept as metadata `uploaded_as`."""
+
+
+class UploadRequest(UploadFields):
+    pictures: Annotated[list[UploadedPicture], Field(min_length=1)] = []
+    """In a form the files `image` take their place."""
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+
+
+class VerdictGiven(Given):
+    """A decision on a pair; each picture by the sha256 of its bytes, or as an image by its id."""
+
+    decision: Literal["copy", "not_copy"]
+    query_sha256: Sha256 | None = None
+    query_id: ImageId | None = None
+    reference_sha256: Sha256 | None = None
+    reference_id: ImageId | None = None
+    note: Annotated[str, Field(max_length=10_000)] = ""
+
+
+class VerdictsRequest(Given):
+    verdicts: Annotated[list[VerdictGiven], Field(min_length=1, max_length=10_000)]
+
+
 class SearchResult(Answer):
     """One found image."""
 
@@ -79,6 +182,109 @@ class SearchResults(Answer):
     collection: str
     model: str
     results: list[SearchResult]
+
+
+class BatchQuery(SearchResults):
+    """One picture's answer. results: empty where it failed."""
+
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = ""
+    """For a failed one: what is wrong with it."""
+
+
+class BatchResults(Answer):
+    """The pictures' answers, in their order."""
+
+    collection: str
+    model: str
+    queries: list[BatchQuery]
+
+
+class Classification(Answer):
+    """One classified picture."""
+
+    query: str
+    label: str
+    """The most probable."""
+    probability: float
+    probabilities: dict[str, float]
+    """Of every label among the neighbours."""
+    neighbours: list[SearchResult]
+
+
+class Classifications(Answer):
+    collection: str
+    model: str
+    k: int
+    temperature: float
+    results: list[Classification]
+
+
+Point = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class CopyMatch(Answer):
+    """One candidate pair."""
+
+    query: str
+    reference: str
+    image_id: int
+    """Of the reference."""
+    score: float
+    """What ranks and decides; unbounded."""
+    cosine: float
+    rank: int
+    decision: Literal["copy", "uncertain", "different"]
+    precision: float | None
+    """Estimated share of copies among pairs with this score or a better one."""
+    reason: str
+    verdict: Literal["copy", "not_copy"] | None
+    similar: bool
+    """Frames of one burst: alike, and no copies of each other."""
+    verified: bool | None
+    """Whether patches of both fit one transform; null where that was not looked into."""
+    variant: str
+    query_area: list[Point] | None
+    """Corners of the matched area, as fractions of width and height."""
+    reference_area: list[Point] | None
+    transform: list[list[float]] | None
+    """Affine, of pixels of the query to pixels of the reference."""
+    query_sha256: str
+    reference_sha256: str
+
+
+class CopyQuery(Answer):
+    query: str
+    status: Literal["ok", "failed"]
+    reason: str
+    matches: list[CopyMatch]
+
+
+class Copies(Answer):
+    collection: str
+    model: str
+    facts: dict[str, str]
+    """What a reader of the results should know, by name."""
+    queries: list[CopyQuery]
+
+
+class Embedding(Answer):
+    """A vector that searches take as `embedding`."""
+
+    query: str
+    collection: str
+    model: str
+    fingerprint: str
+    dim: int
+    embedding: list[float]
+    """Of unit length: the cosine of two is their score."""
+
+
+class AttentionMaps(Answer):
+    collection: str
+    model: str
+    maps: list[list[list[float]]]
+    """For each head, rows of patches: how much the picture's [CLS] token attends to each."""
 
 
 class CollectionSummary(Answer):
@@ -105,3 +311,110 @@ class Ready(Answer):
     status: str
     collections: list[str]
     """Those that are loaded."""
+
+
+class ImageFacts(Answer):
+    """One image of a collection."""
+
+    image_id: int
+    path: str
+    status: Literal["ok", "failed"]
+    label: str | None
+    width: int | None
+    height: int | None
+    size: int
+    sha256: str | None
+    added_at: datetime
+    metadata: dict[str, Any]
+    error_code: str | None
+    error_message: str | None
+
+
+class Images(Answer):
+    """Some images, by id. next_cursor: what to ask for next; null at the end."""
+
+    collection: str
+    images: list[ImageFacts]
+    next_cursor: int | None
+
+
+class Uploaded(Answer):
+    file: str
+    status: Literal["added", "skipped", "failed"]
+    image_id: int | None
+    reason: str
+
+
+class Uploads(Answer):
+    """What became of the files, in their order; skipped: the very bytes were there."""
+
+    collection: str
+    added: int
+    skipped: int
+    failed: int
+    images: list[Uploaded]
+
+
+class DuplicateFile(Answer):
+    path: str
+    image_id: int
+    keep: bool
+    score: float
+    """With the kept file."""
+    identical: bool
+    direct: bool
+    width: int
+    height: int
+    size: int
+    mtime_ns: int
+    sha256: str
+    relative_path: str
+
+
+class DuplicateGroup(Answer):
+    group: int
+    min_score: float
+    all_compared: bool
+    chained: bool
+    files: list[DuplicateFile]
+    """The one to keep first."""
+    spare_bytes: int
+
+
+class Duplicates(Answer):
+    """Some groups of copies. next_cursor: what to ask for next; null at the end."""
+
+    collection: str
+    model: str
+    images: int
+    failed: int
+    group_by: str
+    keep: str
+    remarks: list[str]
+    groups: list[DuplicateGroup]
+    num_groups: int
+    next_cursor: int | None
+
+
+class Verdict(Answer):
+    query: str
+    """A path that the picture is known by; empty where none is."""
+    reference: str
+    decision: Literal["copy", "not_copy"]
+    query_sha256: str
+    reference_sha256: str
+    note: str
+    decided_at: str
+
+
+class Verdicts(Answer):
+    """Decisions, oldest first. next_cursor: what to ask for next; null at the end."""
+
+    verdicts: list[Verdict]
+    next_cursor: int | None
+
+
+class VerdictCounts(Answer):
+    added: int
+    changed: int
+    unchanged: int

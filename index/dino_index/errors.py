@@ -9,6 +9,7 @@ DinoSearchError
 │   ├── CheckpointRefused   a PyTorch file with objects that could run code; none was run
 │   ├── HubUnavailable      weights that could not be fetched; what works without is named
 │   ├── FingerprintMismatch the collection was built with another model
+│   ├── AttentionUnavailable  a model of which no attention can be shown
 │   └── OutOfMemory         the device cannot hold the model, or one picture's forward pass
 ├── CatalogError
 │   ├── CatalogUnavailable  the home or the database cannot be read, created or written
@@ -20,6 +21,7 @@ DinoSearchError
 │   └── StorageFull         no space left on the device; the earlier state is intact
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
+│   ├── CollectionExists    a collection that would be made, and is there
 │   ├── CollectionEmpty     a collection without one readable image
 │   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
 │   ├── NoLabels            classification without labelled images
@@ -53,6 +55,7 @@ DinoSearchError
 │   ├── SettingsInvalid     settings of the service with an unknown key or a value out of range
 │   ├── RequestInvalid      a request whose fields are missing, too many or out of range
 │   ├── MediaTypeRefused    a request body that is neither JSON nor a form
+│   ├── FetchingOff         a picture by URL where fetching is not switched on
 │   ├── TooManyRequests     one client has more requests waiting than its share
 │   ├── ServerFull          as many requests wait as may
 │   ├── RequestTimedOut     a request that took longer than allowed
@@ -135,6 +138,10 @@ class FingerprintMismatch(ModelError):
     code = "fingerprint_mismatch"
 
 
+class AttentionUnavailable(ModelError):
+    code = "attention_unavailable"
+
+
 class OutOfMemory(ModelError):
     code = "out_of_memory"
 
@@ -181,6 +188,10 @@ class CollectionError(DinoSearchError):
 
 class CollectionNotFound(CollectionError):
     code = "collection_not_found"
+
+
+class CollectionExists(CollectionError):
+    code = "collection_exists"
 
 
 class CollectionEmpty(CollectionError):
@@ -323,6 +334,10 @@ class RequestInvalid(ServiceError):
 
 class MediaTypeRefused(ServiceError):
     code = "media_type_refused"
+
+
+class FetchingOff(ServiceError):
+    code = "fetching_off"
 
 
 class TooManyRequests(ServiceError):

@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 
-from dino_search.api.access import Read
-from dino_search.api.engine import in_thread, path_of_image
+from dino_search.api.access import Read, require_collection
+from dino_search.api.engine import image_file, in_thread
 from dino_search.api.problems import documented
 from dino_search.api.requests import answered, engine_of
 from dino_search.api.thumbnails import SIDES
@@ -35,14 +35,15 @@ async def thumbnail(
     """A small JPEG of an image, upright and without any metadata."""
     engine = engine_of(request)
     rounded = next(each for each in SIDES if each >= side)
-    path, sha256, _ = await engine.in_catalog_thread(engine.read, lambda session: path_of_image(session, image_id))
+    image = await engine.in_catalog_thread(engine.read, lambda session: image_file(session, image_id))
+    require_collection(image.collection)
     # Of the bytes that were indexed: another file under the same id is another thumbnail.
-    etag = f'"{sha256.hex()[:32]}-{rounded}"'
+    etag = f'"{image.sha256.hex()[:32]}-{rounded}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=3600"}
     if etag in [each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     made = await answered(
         request,
-        in_thread(engine.decoders, engine.thumbnails.get, path, sha256, rounded, engine.settings.limits),
+        in_thread(engine.decoders, engine.thumbnails.get, image.path, image.sha256, rounded, engine.settings.limits),
     )  # fmt: skip
     return Response(made.jpeg, media_type="image/jpeg", headers=headers)
