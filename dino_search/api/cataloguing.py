@@ -13,8 +13,8 @@ from dino_index.collection_removal import remove_collection
 from dino_index.collections import CollectionInfo, count_images, create_collection, find_collection
 from dino_index.errors import CollectionExists, CollectionNotFound, ModelNotFound
 from dino_index.filters import matching_ids, parse_filter
-from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model
-from dino_index.model_store import default_model, resolve_default, stored_path
+from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model, stored_path
+from dino_index.model_store import default_model, resolve_default
 from dino_search.api.engine import Engine, in_thread
 from dino_search.neighbours import portable_path
 

@@ -25,33 +25,39 @@ class Metrics:
     def __init__(self, tracing: Tracing | None = None) -> None:
         self.registry = CollectorRegistry()
         self._tracing = tracing or Tracing.off()
-        common = {"registry": self.registry}
+        registry = self.registry
         self.requests = Counter(
-            "dino_search_requests", "Requests that were answered.", ["operation", "status"], **common
+            "dino_search_requests", "Requests that were answered.", ["operation", "status"], registry=registry
         )
         self.request_seconds = Histogram(
             "dino_search_request_seconds", "From a request's head to the end of its answer.", ["operation"],
-            buckets=_SECONDS, **common,
+            buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.stage_seconds = Histogram(
-            "dino_search_stage_seconds", "Time in each stage of a request.", ["stage"], buckets=_SECONDS, **common
+            "dino_search_stage_seconds",
+            "Time in each stage of a request.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.batch_size = Histogram(
-            "dino_search_batch_size", "Pictures in one forward pass.", buckets=_PICTURES, **common
+            "dino_search_batch_size", "Pictures in one forward pass.", buckets=_PICTURES, registry=registry
         )
         self.queue_depth = Gauge(
-            "dino_search_queue_depth", "Pictures that were let in and have no vector yet.", **common
+            "dino_search_queue_depth", "Pictures that were let in and have no vector yet.", registry=registry
         )
-        self.rejected = Counter("dino_search_rejected", "Requests refused because too many waited.", **common)
-        self.failures = Counter("dino_search_failures", "Requests that ended with a problem.", ["reason"], **common)
+        self.rejected = Counter("dino_search_rejected", "Requests refused because too many waited.", registry=registry)
+        self.failures = Counter(
+            "dino_search_failures", "Requests that ended with a problem.", ["reason"], registry=registry
+        )
         self.index_images = Gauge(
-            "dino_search_index_images", "Images that searches can find.", ["collection"], **common
+            "dino_search_index_images", "Images that searches can find.", ["collection"], registry=registry
         )
         self.index_age = Gauge(
             "dino_search_index_age_seconds", "Since the vectors in use were last looked up and current.",
-            ["collection"], **common,
+            ["collection"], registry=registry,
         )  # fmt: skip
-        self.jobs = Gauge("dino_search_jobs", "Jobs in the catalog.", ["status"], **common)
+        self.jobs = Gauge("dino_search_jobs", "Jobs in the catalog.", ["status"], registry=registry)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
@@ -69,7 +75,8 @@ class Metrics:
         """(text, media type) as Prometheus reads it; OpenMetrics where the reader accepts that."""
         if "application/openmetrics-text" in accept:
             return generate_openmetrics(self.registry), OPENMETRICS
-        return generate_latest(self.registry), "text/plain; version=0.0.4; charset=utf-8"
+        text: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        return text, "text/plain; version=0.0.4; charset=utf-8"
 
 
 class MeasuredRequests:

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from dino_index.errors import DinoSearchError, ImageError
+from dino_index.errors import DinoSearchError, ImageError, NotReady
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,9 @@ def problem(
     **members: Any,
 ) -> JSONResponse:
     """A problem as the answer to a request. members: further ones, such as `reasons`."""
+    engine = getattr(request.app.state, "engine", None)
+    if engine is not None:
+        engine.metrics.failures.labels(code).inc()
     content = {
         "type": f"/problems/{code}",
         "title": code.replace("-", " ").capitalize(),
@@ -99,7 +102,7 @@ def problem_of(request: Request, error: DinoSearchError) -> JSONResponse:
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(getattr(error, "retry_after_s", _RETRY_AFTER_S)))
-    members = {"reasons": error.reasons} if isinstance(getattr(error, "reasons", None), list) else {}
+    members = {"reasons": error.reasons} if isinstance(error, NotReady) else {}
     detail = str(error)
     if status == 500:
         logger.error("%s ended with an error that no request should meet", request.url.path, exc_info=error)

@@ -13,7 +13,9 @@ from typing import Any
 
 import uvicorn
 
+from dino_index.errors import SettingsInvalid
 from dino_search.api.app import create_app
+from dino_search.api.checking import has_keys
 from dino_search.api.engine import Engine
 from dino_search.api.settings import ServiceSettings
 
@@ -70,8 +72,22 @@ class Server(uvicorn.Server):
 
 def run_service(settings: ServiceSettings) -> None:
     """Serves until the process is told to end."""
-    server = make_server(settings)
-    server.run()
+    require_safe_address(settings)
+    make_server(settings).run()
+
+
+def require_safe_address(settings: ServiceSettings) -> None:
+    """Raises SettingsInvalid where other machines could reach a service that asks for no key, and nobody wanted that.
+
+    Raises CatalogErrors, too.
+    """
+    if not settings.is_public or settings.allow_public_without_keys or settings.keys == "required":
+        return
+    if settings.keys == "off" or not has_keys(settings):
+        raise SettingsInvalid(
+            f"other machines can reach {settings.host}, and this service asks for no key; make one: dino-search keys "
+            "add NAME, or let everybody do everything: dino-search serve --allow-public-without-keys"
+        )
 
 
 def make_server(settings: ServiceSettings, **options: Any) -> Server:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dino_search.commands.output import HomeOption
-
-if TYPE_CHECKING:
-    pass
+from dino_search.commands.output import HomeOption, print_line
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -54,6 +51,12 @@ def serve(
         config, collection=collection, home=home, host=host, port=port, device=device, log_level=log_level,
         allow_public_without_keys=allow_public_without_keys or None,
     )  # fmt: skip
+    if check:
+        from dino_search.api.checking import check_service
+
+        for name, fact in check_service(settings):
+            print_line(f"{name + ':':<12}{fact}")
+        return
     from dino_search.api.serving import run_service
 
     run_service(settings)
