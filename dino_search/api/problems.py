@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dino_index.errors import DinoSearchError, ImageError, NotReady
 
@@ -25,6 +26,7 @@ MEDIA_TYPE = "application/problem+json"
 _MAX_VALIDATION_PROBLEMS = 8
 # Of errors that tell when to try again, and of all others that pass by themselves.
 _RETRY_AFTER_S = 5
+_FAILED = "the service failed; its log says why, under the request id"
 
 STATUS_BY_CODE: dict[str, int] = {
     "error": 500,
@@ -106,7 +108,7 @@ def problem_of(request: Request, error: DinoSearchError) -> JSONResponse:
     detail = str(error)
     if status == 500:
         logger.error("%s ended with an error that no request should meet", request.url.path, exc_info=error)
-        detail = "the service failed; its log says why, under the request id"
+        detail = _FAILED
     return problem(request, status, code_of(error), detail, headers=headers, **members)
 
 
@@ -127,13 +129,33 @@ def add_handlers(app: FastAPI) -> None:
         code = phrase.lower().replace(" ", "-")
         return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
 
-    async def answer_unexpected(request: Request, error: Exception) -> Response:
-        return problem(request, 500, "internal", "the service failed; its log says why, under the request id")
-
     app.add_exception_handler(DinoSearchError, answer_expected)
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(HTTPException, answer_http)
-    app.add_exception_handler(Exception, answer_unexpected)
+    app.add_middleware(UnexpectedErrors)
+
+
+class UnexpectedErrors:
+    """ASGI middleware: an error that nobody expected is logged, and answered without a word about the program."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            logger.exception("a request to %s failed", scope.get("path"))
+            if started or scope["type"] != "http":
+                raise
+            await problem(Request(scope), 500, "internal", _FAILED)(scope, receive, send)
 
 
 def in_words(problems: list[Any]) -> str:
