@@ -221,11 +221,11 @@ class ForwardPasses:
         return self._max_wait_s - (time.perf_counter() - self._queue[0].since)
 
     def _taken(self) -> list[_Waiting]:
-        """Other work by itself; of pictures a batch, but not more than this slot's share of what waits."""
+        """Other work by itself; of pictures a batch, but where no more are coming only this slot's share."""
         if self._queue[0].work is not None:
             return [self._queue.popleft()]
         num_free = max(self._num_slots - self._running + 1, 1)
-        share = math.ceil(len(self._queue) / num_free)
+        share = len(self._queue) if self._coming else math.ceil(len(self._queue) / num_free)
         items: list[_Waiting] = []
         while self._queue and len(items) < min(share, self.backbone.batch_size) and self._queue[0].work is None:
             items.append(self._queue.popleft())
