@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from dino_search.api.schemas import PictureGiven
 
-_ONLY_JSON = ("image_base64", "embedding")
+_NO_DEFAULTS = [("default", []), ("default", {}), ("default", None)]
+_PICTURE_FIELDS = ("queries", "a", "b", "pictures")
 
 
 def documented_body(
@@ -19,19 +20,21 @@ def documented_body(
     files: what the form's files are, by field; None for the one file `image`. several: each field may come repeatedly.
     """
     schema = _inlined(model.model_json_schema())
-    is_one_picture = issubclass(model, PictureGiven)
-    if is_one_picture:
-        schema["oneOf"] = [{"required": [name]} for name in PictureGiven.model_fields]
-    form_properties: dict[str, Any] = {
-        name: {"type": "array", "items": {"type": "string", "format": "binary"}, "description": text}
-        if several
-        else {"type": "string", "format": "binary", "description": text}
-        for name, text in (files or {"image": "A picture file."}).items()
-    }
+    # In a form, files take the place of these.
+    if needed := [name for name in _PICTURE_FIELDS if name in model.model_fields]:
+        schema["required"] = needed
+    form_properties: dict[str, Any] = {}
+    for name, text in (files or {"image": "A picture file."}).items():
+        one = {"type": "string", "format": "binary"}
+        form_properties[name] = (
+            {"type": "array", "items": one, "minItems": 1, "description": text}
+            if several
+            else one | {"description": text}
+        )
     required = list(form_properties)
     for name, field in schema["properties"].items():
-        if name not in PictureGiven.model_fields and name not in ("queries", "a", "b"):
-            form_properties[name] = field
+        if name not in PictureGiven.model_fields and name not in _PICTURE_FIELDS:
+            form_properties[name] = _without_null(field)
     form = {"type": "object", "properties": form_properties, "required": required, "additionalProperties": False}
     return {
         "requestBody": {
@@ -42,6 +45,14 @@ def documented_body(
             },
         }
     }
+
+
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a form's field: a form has no null."""
+    kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+    if not kinds:
+        return field
+    return {name: value for name, value in field.items() if name not in ("anyOf", "default")} | kinds[0]
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +66,8 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
             return part
         if "$ref" in part:
             return inline(definitions[part["$ref"].rsplit("/", 1)[1]])
-        return {name: inline(value) for name, value in part.items()}
+        # A default that its own schema refuses: these fields are needed, which only the operation knows.
+        return {name: inline(value) for name, value in part.items() if (name, value) not in _NO_DEFAULTS}
 
     result: dict[str, Any] = inline(schema)
     return result

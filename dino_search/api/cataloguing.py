@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import CollectionRow, ImageRow, SourceRow, bound_parts
 from dino_index.collection_removal import remove_collection
 from dino_index.collections import CollectionInfo, count_images, create_collection, find_collection
-from dino_index.errors import CollectionExists, CollectionNotFound, ModelNotFound
+from dino_index.errors import CollectionExists, CollectionNotFound, RequestInvalid
 from dino_index.filters import matching_ids, parse_filter
 from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model, stored_path
 from dino_index.model_store import default_model, resolve_default
@@ -49,7 +49,7 @@ def _summary(session: Session, collection: CollectionInfo) -> dict[str, Any]:
 async def create(engine: Engine, name: str, model: str | None) -> dict[str, Any]:
     """An empty collection under a model of the home, the default one for None.
 
-    Raises CollectionExists, ModelNotFound, ModelError, CollectionError for a name that none can have, CatalogErrors.
+    Raises CollectionExists, RequestInvalid, ModelError, CollectionError for a name that none can have, CatalogErrors.
     """
     spec = await engine.in_catalog_thread(_model_for_new, engine, name, model)
     passes = await engine.passes_for(spec)
@@ -72,7 +72,10 @@ def _model_for_new(engine: Engine, name: str, model: str | None) -> ModelSpec:
         return resolve_default(default, engine.settings.home)
     # By name only: a path would let a request read any file.
     if model not in (BUNDLED, BUNDLED_VERSION) and stored_path(model, engine.models) is None:
-        raise ModelNotFound(f"no model {model!r} in this home; fetch it there: dino-search models get {model}")
+        raise RequestInvalid(
+            f"model: expected the name of a model in the home of this service, found {model!r}; fetch it there: "
+            f"dino-search models get {model}"
+        )
     return resolve_model(model, models=engine.models)
 
 

@@ -74,8 +74,8 @@ class Metrics:
     def written(self, accept: str = "") -> tuple[bytes, str]:
         """(text, media type) as Prometheus reads it; OpenMetrics where the reader accepts that."""
         if "application/openmetrics-text" in accept:
-            return generate_openmetrics(self.registry), OPENMETRICS
-        text: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return generate_openmetrics(self.registry), OPENMETRICS  # type: ignore[no-untyped-call]
+        text: bytes = generate_latest(self.registry)
         return text, "text/plain; version=0.0.4; charset=utf-8"
 
 

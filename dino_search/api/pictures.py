@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from dino_index.errors import ImageError, MediaTypeRefused, RequestInvalid
 from dino_search.api.problems import in_words
-from dino_search.api.schemas import PictureGiven
+from dino_search.api.schemas import PictureGiven, PixelsGiven
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -97,7 +97,7 @@ def parse(model: type[T], fields: Mapping[str, Any]) -> T:
         raise RequestInvalid(in_words(error.errors(include_url=False, include_context=False))) from error
 
 
-def picture_of(body: RequestBody, given: PictureGiven, *, file: str = "image") -> Picture:
+def picture_of(body: RequestBody, given: PixelsGiven, *, file: str = "image") -> Picture:
     """The one picture of a body. file: the form's field. Raises RequestInvalid, ImageError."""
     unknown = sorted(body.files.keys() - {file})
     if unknown:
@@ -108,12 +108,13 @@ def picture_of(body: RequestBody, given: PictureGiven, *, file: str = "image") -
     return picture_from(given, uploads[0] if uploads else None, file=file)
 
 
-def picture_from(given: PictureGiven, upload: tuple[str, bytes] | None = None, *, file: str = "image") -> Picture:
+def picture_from(given: PixelsGiven, upload: tuple[str, bytes] | None = None, *, file: str = "image") -> Picture:
     """The picture that exactly one of the fields, or an uploaded file, gives. Raises RequestInvalid, ImageError."""
-    names = [name for name in PictureGiven.model_fields if getattr(given, name) is not None]
+    known = [name for name in PictureGiven.model_fields if name in type(given).model_fields]
+    names = [name for name in known if getattr(given, name) is not None]
     names += [f"{file} (a file)"] if upload is not None else []
     if len(names) != 1:
-        expected = f"{file} (a file in a form), {', '.join(PictureGiven.model_fields)}"
+        expected = f"{file} (a file in a form), {', '.join(known)}"
         raise RequestInvalid(f"expected exactly one of {expected}; found {' and '.join(names) or 'none'}")
     if upload is not None:
         return Picture(name=upload[0], data=upload[1])
@@ -123,6 +124,7 @@ def picture_from(given: PictureGiven, upload: tuple[str, bytes] | None = None, *
         return Picture(name=f"image {given.image_id}", image_id=given.image_id)
     if given.image_url is not None:
         return Picture(name=given.image_url, url=given.image_url)
+    assert isinstance(given, PictureGiven)
     assert given.embedding is not None
     return Picture(name="embedding", embedding=tuple(given.embedding))
 

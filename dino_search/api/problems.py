@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dino_index.errors import DinoSearchError, ImageError, NotReady
@@ -127,12 +128,27 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         phrase = HTTPStatus(error.status_code).phrase
         code = phrase.lower().replace(" ", "-")
-        return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # The router names those of one route, and several may share a path.
+            headers = {name: value for name, value in headers.items() if name.lower() != "allow"}
+            headers["Allow"] = ", ".join(_methods_of(app, request.url.path))
+        return problem(request, error.status_code, code, str(error.detail), headers=headers)
 
     app.add_exception_handler(DinoSearchError, answer_expected)
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_middleware(UnexpectedErrors)
+
+
+def _methods_of(app: FastAPI, path: str) -> list[str]:
+    """What can be done at a path."""
+    return sorted(
+        method.upper()
+        for template, operations in app.openapi()["paths"].items()
+        if compile_path(template)[0].match(path)
+        for method in operations
+    )
 
 
 class UnexpectedErrors:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 _MAX_ID = 2**63 - 1
 
@@ -22,23 +23,40 @@ class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, from_attributes=True)
 
 
+Absent = SkipJsonSchema[None]
+"""A field that may be left out; null means the same, and is not documented."""
+
 ImageId = Annotated[int, Field(ge=1, le=_MAX_ID)]
 # A form that has the field once gives a text, and more than once a list.
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 CollectionName = Annotated[str, Field(min_length=1, max_length=255)]
 
 
-class PictureGiven(Given):
-    """A picture: exactly one of these, or the file `image` of a form."""
+def _exactly_one(*fields: str) -> dict[str, Any]:
+    """What a schema says of an object that has one of these fields."""
+    return {"oneOf": [{"required": [field]} for field in fields]}
 
-    image_base64: str | None = None
+
+class PixelsGiven(Given):
+    """A picture that can be looked at: exactly one of these, or a file of the form."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("image_base64", "image_id", "image_url"))
+
+    image_base64: str | Absent = None
     """A picture file's bytes in base64."""
-    image_id: ImageId | None = None
+    image_id: ImageId | Absent = None
     """An image of the collection."""
-    embedding: Annotated[list[float], Field(min_length=1, max_length=16384)] | None = None
-    """A vector of the collection's model, of any length but zero."""
-    image_url: Annotated[str, Field(max_length=2048)] | None = None
+    image_url: Annotated[str, Field(max_length=2048)] | Absent = None
     """Where the picture can be fetched; only where fetching is switched on."""
+
+
+class PictureGiven(PixelsGiven):
+    """A picture or its vector: exactly one of these, or the file `image` of a form."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("image_base64", "image_id", "embedding", "image_url"))
+
+    embedding: Annotated[list[float], Field(min_length=1, max_length=16384)] | Absent = None
+    """A vector of the collection's model, of any length but zero."""
 
 
 class Scope(Given):
@@ -88,7 +106,7 @@ class CopyRules(Given):
     """Turned views of a query: mirror image, quarter turns, tilts."""
 
 
-class CopiesRequest(CopyRules, PictureGiven):
+class CopiesRequest(CopyRules, PixelsGiven):
     k: Annotated[int, Field(ge=1)] = 20
     """Candidates."""
     min_score: float | None = None
@@ -100,9 +118,9 @@ class CopiesRequest(CopyRules, PictureGiven):
 
 
 class CompareRequest(CopyRules):
-    a: PictureGiven = PictureGiven()
+    a: PixelsGiven = PixelsGiven()
     """A picture; in a form the file `a` takes its place."""
-    b: PictureGiven = PictureGiven()
+    b: PixelsGiven = PixelsGiven()
     """Another."""
     verify: Annotated[int, Field(ge=0, le=1)] = 1
     """Whether patches of both must fit."""
@@ -113,7 +131,7 @@ class EmbedRequest(PictureGiven):
     """The collection whose model embeds; the service's own by default."""
 
 
-class AttentionRequest(PictureGiven):
+class AttentionRequest(PixelsGiven):
     collection: CollectionName | None = None
     """The collection whose model looks; the service's own by default."""
     format: Literal["overlay", "maps"] = "overlay"
@@ -151,11 +169,15 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 class VerdictGiven(Given):
     """A decision on a pair; each picture by the sha256 of its bytes, or as an image by its id."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_exactly_one(f"{name}_sha256", f"{name}_id") for name in ("query", "reference")]}
+    )
+
     decision: Literal["copy", "not_copy"]
-    query_sha256: Sha256 | None = None
-    query_id: ImageId | None = None
-    reference_sha256: Sha256 | None = None
-    reference_id: ImageId | None = None
+    query_sha256: Sha256 | Absent = None
+    query_id: ImageId | Absent = None
+    reference_sha256: Sha256 | Absent = None
+    reference_id: ImageId | Absent = None
     note: Annotated[str, Field(max_length=10_000)] = ""
 
 

@@ -30,6 +30,8 @@ router = APIRouter(tags=["collections"])
 CollectionInPath = Annotated[str, Path(min_length=1, max_length=255, description="Name of a collection.")]
 ImageIdInPath = Annotated[int, Path(ge=1, le=2**63 - 1, description="Id of an image.")]
 MAX_IMAGES = 1000
+# A PNG of one pixel, for the documentation.
+_ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNwaDgAAAKEAYEml6crAAAAAElFTkSuQmCC"
 
 
 @router.get("/collections", response_model=Collections, responses=documented(), dependencies=[Read])
@@ -97,7 +99,15 @@ async def list_images(
     dependencies=[Write],
     openapi_extra=documented_body(
         UploadRequest,
-        {"pictures": [{"image_base64": "iVBORw0KGgo=", "name": "one.png"}], "label": "bridge"},
+        {
+            "pictures": [
+                {
+                    "image_base64": _ONE_PIXEL,
+                    "name": "one.png",
+                }
+            ],
+            "label": "bridge",
+        },
         files={"image": "Picture files; the field comes once for each."},
         several=True,
     ),

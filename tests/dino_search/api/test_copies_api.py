@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from commands_in_process import Command
+from dino_search import copy_runs
+from dino_search.api import duplicating
 from running_service import RunningService, is_problem
 from sample_collections import jpeg
 
@@ -77,10 +79,8 @@ def test_duplicates_are_what_the_command_prints_in_pages(
 def test_duplicates_are_found_once_for_each_state(
     own_service: RunningService, photos: Path, dino_search: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dino_search.api.duplicating as duplicating
-
     found = []
-    inner = duplicating.duplicates_in
+    inner = copy_runs.duplicates_in
 
     def counted(*arguments: Any, **options: Any) -> Any:
         found.append(1)
