@@ -119,12 +119,12 @@ class ForwardPasses:
         self._closed = False
         self._stack = ExitStack()
         self._num_slots = backbone.num_passes
+        self._num_threads = torch.get_num_threads()
         pool = self._stack.enter_context(backbone.forward_threads())
         self._loops = [pool.submit(self._work, False) for _ in range(self._num_slots)]
         self._has_wide = backbone.device.type == "cpu" and self._num_slots > 1
         if self._has_wide:
             # The slots' threads have one processor each; this one has all, for pictures that come alone.
-            self._num_threads = torch.get_num_threads()
             self._wide = threading.Thread(target=self._work, args=(True,), name="forward-wide", daemon=True)
             self._wide.start()
 
@@ -184,10 +184,10 @@ class ForwardPasses:
 
     def _work(self, wide: bool) -> None:
         """The loop of one thread."""
-        if wide:
-            import torch
+        if self.backbone.device.type == "cpu":
+            from dino_index.backbones import use_threads
 
-            torch.set_num_threads(self._num_threads)
+            use_threads(self._num_threads if wide else 1)
         while (items := self._next(wide)) is not None:
             try:
                 self._compute(items)

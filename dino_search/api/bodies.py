@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from dino_search.api.schemas import PictureGiven
 
-_NO_DEFAULTS = [("default", []), ("default", {}), ("default", None)]
+_NO_DEFAULTS: list[tuple[str, Any]] = [("default", []), ("default", {}), ("default", None)]
 _PICTURE_FIELDS = ("queries", "a", "b", "pictures")
 
 
@@ -52,7 +52,8 @@ def _without_null(field: dict[str, Any]) -> dict[str, Any]:
     kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
     if not kinds:
         return field
-    return {name: value for name, value in field.items() if name not in ("anyOf", "default")} | kinds[0]
+    first: dict[str, Any] = kinds[0]
+    return {name: value for name, value in field.items() if name not in ("anyOf", "default")} | first
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

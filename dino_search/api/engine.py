@@ -393,7 +393,8 @@ class Engine:
         assert found.pixels_HWC is not None
         passes = await self.passes_of(found.collection)
         cls_D, _ = await asyncio.wrap_future(passes.embed(found.pixels_HWC))
-        return _Embedded(found.collection, normalise(cls_D[None])[0])
+        # Widened here: FAISS, which does it for many, would wake threads of its own.
+        return _Embedded(found.collection, normalise(cls_D[None].astype(np.float32))[0])
 
     def _look_up(self, picture: Picture, name: str) -> _Found:
         """In a decoding thread."""
@@ -463,9 +464,7 @@ class Engine:
 
     def _load(self, spec: ModelSpec) -> ForwardPasses:
         """In the loading thread."""
-        import torch
-
-        from dino_index.backbones import Backbone
+        from dino_index.backbones import Backbone, use_threads
 
         if (passes := self._passes.get(spec.fingerprint)) is not None:
             return passes
@@ -473,9 +472,9 @@ class Engine:
         # With one team of threads more than there are processors, OpenMP's threads sleep at each of a pass's many
         # barriers, where they would wait awake: a picture that comes alone then takes 1.6 times as long. So this thread
         # gets no team.
-        torch.set_num_threads(1)
+        use_threads(1)
         backbone = Backbone(spec, device=self.settings.device)
-        torch.set_num_threads(self._num_torch_threads)
+        use_threads(self._num_torch_threads)
         passes = ForwardPasses(backbone, self.metrics, max_wait_s=self.settings.max_wait_ms / 1000)
         with self._lock:
             self._passes[spec.fingerprint] = passes

@@ -21,7 +21,8 @@ from dino_search.api.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_STEP_S = 0.05
+# Longer than proxies keep an idle connection to reuse it, which would then be closed under their hands.
+_KEEP_ALIVE_S = 75
 
 
 class Server(uvicorn.Server):
@@ -102,6 +103,7 @@ def make_server(settings: ServiceSettings, **options: Any) -> Server:
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         lifespan="on",
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         **options,
     )
     return Server(config, app.state.engine, settings.drain_s)

@@ -185,7 +185,7 @@ class Backbone:
 
     def _compute_alone(self, free: SimpleQueue[_Replica]) -> None:
         if self.device.type == "cpu":
-            torch.set_num_threads(1)
+            use_threads(1)
         if not self._is_shared:
             self._thread.replica = free.get()
 
@@ -263,6 +263,13 @@ class _Replica:
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
+
+
+def use_threads(num_threads: int) -> None:
+    """Has torch compute with so many threads on processors, in the calling thread and in those that begin to later."""
+    # A thread that was never asked for its number takes over, at its first computation, what was set last in any.
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
 
 
 def _try_to_embed(
