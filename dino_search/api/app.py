@@ -21,7 +21,7 @@ from dino_search.api.duplicating import Duplicating
 from dino_search.api.engine import Engine
 from dino_search.api.metrics import MeasuredRequests, Metrics
 from dino_search.api.requests import ClientGone
-from dino_search.api.routes import collections, copying, deciding, images, probes, searching
+from dino_search.api.routes import collections, copying, deciding, images, page, probes, searching
 from dino_search.api.settings import ServiceSettings
 from dino_search.api.tracing import Tracing
 from dino_search.api.uploads import Uploads
@@ -67,7 +67,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     # app.state.jobs, app.state.fetch_picture: set here.
     problems.add_handlers(app)
     app.add_exception_handler(ClientGone, _answer_nobody)
-    for module in (searching, copying, collections, images, deciding, probes):
+    for module in (searching, copying, collections, images, deciding, probes, page):
         app.include_router(module.router)
     app.add_middleware(InFlight, engine=engine)
     app.add_middleware(MeasuredRequests, metrics=metrics, tracing=tracing)
