@@ -129,12 +129,11 @@ def add_handlers(app: FastAPI) -> None:
         phrase = HTTPStatus(error.status_code).phrase
         code = phrase.lower().replace(" ", "-")
         headers = dict(error.headers or {})
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            # The router names those of one route, and several may share a path.
-            # What is not documented, such as the page, has one route a path.
-            if methods := _methods_of(app, request.url.path):
-                headers = {name: value for name, value in headers.items() if name.lower() != "allow"}
-                headers["Allow"] = ", ".join(methods)
+        methods = _methods_of(app, request.url.path) if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else []
+        if methods:
+            # The router names those of one route, and several may share a path. Of what is not documented, none do.
+            headers = {name: value for name, value in headers.items() if name.lower() != "allow"}
+            headers["Allow"] = ", ".join(methods)
         return problem(request, error.status_code, code, str(error.detail), headers=headers)
 
     app.add_exception_handler(DinoSearchError, answer_expected)

@@ -1,9 +1,9 @@
 // What copy detection answers: the picture beside each candidate.
 
-import { baseName, element } from "/web/elements.js";
+import { baseName, element, plural } from "/web/elements.js";
 import { PairList, keysHelp } from "/web/pairs.js";
 
-const PRESENT = 3;
+const DIGITS = 3;
 
 // Elements that show the answer, and the list of its pairs. picture: that was asked about.
 export function shownCopies(answer, picture, tools) {
@@ -29,17 +29,32 @@ export function shownCopies(answer, picture, tools) {
     list,
     elements: [
       pairs.length ? keysHelp() : null,
-      element("ol", { class: "pairs" }, ...list.items(pairs)),
+      ...inTwoParts(pairs, list),
       facts.length
-        ? element("details", { class: "facts-of-run" }, element("summary", {}, "How this was decided"),
+        ? element("details", {}, element("summary", {}, "How this was decided"),
             element("dl", {}, ...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)])))
         : null,
     ],
   };
 }
 
+// What differs from the picture is there for those who ask, below the rest.
+function inTwoParts(pairs, list) {
+  const shown = pairs.filter((pair) => pair.decision !== "different" || pair.verdict);
+  const others = pairs.filter((pair) => !shown.includes(pair));
+  const items = (part) => element("ol", { class: "pairs" }, ...list.items(part));
+  return [
+    shown.length ? items(shown) : null,
+    others.length
+      ? element("details", { class: "different", open: !shown.length },
+          element("summary", {}, `${plural(others.length, "nearest image")} that ${others.length === 1 ? "differs" : "differ"}`),
+          items(others))
+      : null,
+  ];
+}
+
 function factsOf(match) {
-  const facts = [`score ${match.score.toFixed(PRESENT)}, cosine ${match.cosine.toFixed(PRESENT)}`];
+  const facts = [`score ${match.score.toFixed(DIGITS)}, cosine ${match.cosine.toFixed(DIGITS)}`];
   if (match.precision !== null) facts.push(`precision ${(100 * match.precision).toFixed(1)} %`);
   if (match.reason === "identical") facts.push("the very same bytes");
   if (match.verified !== null) facts.push(match.verified ? "parts of both fit one another" : "no parts fit one another");

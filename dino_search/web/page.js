@@ -8,6 +8,9 @@ import { show, showBlob, watched } from "/web/pictures.js";
 import { grid, labels } from "/web/results.js";
 
 const PREVIEW_SIDE = 384;
+const NUM_TO_BEGIN_WITH = 24;
+// As in the style sheet: the answer stands below the question.
+const NARROW = matchMedia("(max-width: 760px)");
 const RUN = { search: "Search", copies: "Find copies", classify: "Classify", duplicates: "Find duplicates" };
 const IDLE = {
   search: ["Search by picture", "Choose, drop or paste a picture to see the images most like it."],
@@ -44,6 +47,7 @@ function fail(error, again = null) {
 }
 
 function answerIs(title, text, elements) {
+  document.title = `${title} – dino-search`;
   byId("results-title").textContent = title;
   byId("found").replaceChildren(...elements.filter(Boolean));
   say(text);
@@ -51,10 +55,27 @@ function answerIs(title, text, elements) {
 
 function showIdle() {
   running.abort();
+  running = new AbortController();
   byId("problem").replaceChildren();
   byId("results").removeAttribute("aria-busy");
   list = null;
   answerIs(...IDLE[state.mode], []);
+  showSome();
+}
+
+// Begins with some images of the collection, to ask about without having a picture.
+async function showSome() {
+  const { signal } = running;
+  if (!state.collection || state.mode === "duplicates") return;
+  const path = `/collections/${encodeURIComponent(state.collection)}/images`;
+  try {
+    const parameters = { limit: NUM_TO_BEGIN_WITH, filter: "status = ok" };
+    const { images } = await (await ask(path, { parameters, signal })).json();
+    if (signal.aborted || !images.length) return;
+    byId("found").replaceChildren(element("h3", {}, "Or begin with one of the collection"), grid(images, askBy));
+  } catch (error) {
+    fail(error);
+  }
 }
 
 // --- asking
@@ -158,18 +179,26 @@ function askAboutFile(given) {
   const picture = { file, name: file.name || "pasted picture", url: URL.createObjectURL(file), number: files.length };
   files.push(picture);
   if (state.mode === "duplicates") setMode("search");
-  setPicture(picture);
-  remember();
-  run();
+  changeTo(picture);
 }
 
 function searchBy(picture) {
   setMode("search");
+  askBy(picture);
+}
+
+// Asks about what was clicked in the results; as that is gone from the page then, the focus goes to its place.
+function askBy(picture) {
+  changeTo(picture);
+  byId("results").focus({ preventScroll: true });
+}
+
+function changeTo(picture) {
   setPicture(picture);
   remember();
   run();
-  byId("results").focus({ preventScroll: true });
-  scrollTo({ top: 0 });
+  if (NARROW.matches) byId("results").scrollIntoView();
+  else scrollTo({ top: 0 });
 }
 
 function setAttention(shown) {
@@ -222,8 +251,8 @@ async function loadCollections() {
     const names = collections.map(({ collection }) => collection);
     state.collection = [state.collection, "default", names[0]].find((name) => names.includes(name)) ?? "";
     select.value = state.collection;
-    if (!names.length) say("Nothing is indexed yet. Index a folder first: dino-search index FOLDER");
-    return true;
+    if (!names.length) answerIs("Nothing is indexed yet", "Index a folder first: dino-search index FOLDER", []);
+    return names.length > 0;
   } catch (error) {
     fail(error, start);
     return false;
@@ -291,9 +320,9 @@ function refresh() {
 async function start() {
   byId("problem").replaceChildren();
   recall();
+  answerIs(...IDLE[state.mode], []);
   byId("key-state").textContent = apiKey.get() ? " (in use)" : "";
-  showIdle();
-  if ((await loadCollections()) && state.picture) refresh();
+  if (await loadCollections()) refresh();
 }
 
 watched(byId("preview-image"));

@@ -43,7 +43,7 @@ export class PairList {
 
   focusFirst() {
     this.current ??= this.pairs[0] ?? null;
-    this.current?.article.focus();
+    this.current?.article.focus({ preventScroll: true });
   }
 
   #article(pair) {
@@ -97,8 +97,10 @@ export class PairList {
   }
 
   #step(by) {
-    const at = this.pairs.indexOf(this.current);
-    const next = this.pairs[at < 0 ? 0 : Math.min(Math.max(at + by, 0), this.pairs.length - 1)];
+    const visible = this.pairs.filter(({ article }) => article.checkVisibility());
+    const at = visible.indexOf(this.current);
+    const next = visible[at < 0 ? 0 : Math.min(Math.max(at + by, 0), visible.length - 1)];
+    if (!next) return;
     this.#choose(next);
     next.article.focus();
     next.article.scrollIntoView({ block: "nearest" });

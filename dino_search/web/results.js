@@ -3,21 +3,24 @@
 import { baseName, element } from "/web/elements.js";
 import { framed } from "/web/pictures.js";
 
-// Found images, best first. search(picture): is called with the one that is clicked.
-export function grid(results, search) {
-  return element("ol", { class: "grid" }, ...results.map((result) => element("li", {}, cell(result, search))));
+// Found images, best first, or those of a collection, which have no score. askBy(picture): is called with the one that
+// is clicked.
+export function grid(results, askBy) {
+  return element("ol", { class: "grid" }, ...results.map((result) => element("li", {}, cell(result, askBy))));
 }
 
-function cell(result, search) {
+function cell(result, askBy) {
   const picture = { id: result.image_id, name: baseName(result.path) };
   return element(
     "button",
-    { type: "button", class: "result", title: result.path, "data-image": result.image_id, click: () => search(picture) },
+    { type: "button", class: "result", title: result.path, "data-image": result.image_id, click: () => askBy(picture) },
     framed(picture),
-    element("span", { class: "hidden" }, "Search by "),
+    element("span", { class: "hidden" }, "Ask about "),
     element("span", { class: "name" }, picture.name),
     element("span", { class: "facts" },
-      element("span", { class: "score" }, element("span", { class: "hidden" }, ", score "), result.score.toFixed(3)),
+      result.score === undefined
+        ? null
+        : element("span", { class: "score" }, element("span", { class: "hidden" }, ", score "), result.score.toFixed(3)),
       result.label === null ? null : element("span", { class: "hidden" }, ", label "),
       result.label === null ? null : element("span", { class: "label" }, result.label),
     ),
