@@ -57,7 +57,7 @@ function showIdle() {
   running.abort();
   running = new AbortController();
   byId("problem").replaceChildren();
-  byId("results").removeAttribute("aria-busy");
+  byId("found").removeAttribute("aria-busy");
   list = null;
   answerIs(...IDLE[state.mode], []);
   showSome();
@@ -138,7 +138,7 @@ async function run() {
   running = new AbortController();
   const { signal } = running;
   byId("problem").replaceChildren();
-  byId("results").setAttribute("aria-busy", "true");
+  byId("found").setAttribute("aria-busy", "true");
   list = null;
   say(state.mode === "duplicates" ? "Looking for duplicates …" : "Searching …");
   const { mode, picture } = state;
@@ -153,7 +153,7 @@ async function run() {
     byId("results-title").textContent = "No answer";
     fail(error, run);
   } finally {
-    if (!signal.aborted) byId("results").removeAttribute("aria-busy");
+    if (!signal.aborted) byId("found").removeAttribute("aria-busy");
   }
 }
 
@@ -197,6 +197,11 @@ function changeTo(picture) {
   setPicture(picture);
   remember();
   run();
+  reveal();
+}
+
+// Brings the place of the answer into sight.
+function reveal() {
   if (NARROW.matches) byId("results").scrollIntoView();
   else scrollTo({ top: 0 });
 }
@@ -306,7 +311,7 @@ function recall() {
   state.collection = place.get("collection") ?? state.collection;
   const id = /^[1-9]\d*$/.test(place.get("image") ?? "") ? Number(place.get("image")) : undefined;
   const name = baseName(place.get("name") ?? `image ${id}`);
-  setMode(place.get("mode") in RUN ? place.get("mode") : "search");
+  setMode(Object.hasOwn(RUN, place.get("mode") ?? "") ? place.get("mode") : "search");
   setPicture(id === undefined ? files[history.state?.number] ?? null : { id, name });
 }
 
@@ -343,6 +348,7 @@ byId("collection").addEventListener("change", () => {
 byId("options").addEventListener("submit", (event) => {
   event.preventDefault();
   run();
+  if (NARROW.matches) reveal();
 });
 byId("options").addEventListener("change", () => {
   if (state.mode !== "duplicates") run();

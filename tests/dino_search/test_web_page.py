@@ -182,6 +182,13 @@ def test_the_page_begins_with_images_to_ask_about(opened: Open) -> None:
     page.get_by_role("heading", name="Like coffee-crop.jpg").wait_for()
 
 
+@pytest.mark.parametrize("place", ["#mode=toString&image=1e3", "#mode=search&image=-1", "#%", "#results"])
+def test_an_address_that_means_nothing_is_no_question(opened: Open, place: str) -> None:
+    page = opened(place)
+    page.get_by_role("heading", name="Or begin with one of the collection").wait_for()
+    assert page.locator("#modes :checked").get_attribute("value") == "search"
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_a_picture_can_be_dropped_or_pasted(opened: Open, folder: Path, event: str) -> None:
     page = opened()
@@ -313,15 +320,35 @@ def test_duplicates_are_judged_by_keyboard(opened: Open, service: RunningService
         pressed = pairs.nth(number).locator("[aria-pressed=true]")
         assert pressed.get_attribute("data-decision") == decision
     recorded = {
-        frozenset(Path(each[side]).name for side in ("query", "reference")): each["decision"]
+        # Of two files with the same bytes, a verdict names either.
+        frozenset(Path(each[side]).name.replace("-again", "") for side in ("query", "reference")): each["decision"]
         for each in service.http.get("/verdicts").json()["verdicts"]
     }
     for number, decision in ((first, "copy"), (second, "not_copy")):
         shown = frozenset(name.split()[-1] for name in pairs.nth(number).locator(".name").all_inner_texts())
+        shown = frozenset(name.replace("-again", "") for name in shown)
         assert {pair for pair, found in recorded.items() if found == decision} >= {shown}
     page.get_by_role("button", name="Find duplicates").click()
-    page.locator(".group:first-child .pair[data-verdict=copy]").wait_for()
+    status(page, "4 groups among 12 images")
+    assert page.locator(".pair[data-verdict=copy]").count() == 1
     assert page.locator(".pair[data-verdict=not_copy]").count() == 0
+
+
+def test_more_groups_are_shown_when_asked_for_and_each_pair_once(opened: Open, service: RunningService) -> None:
+    page = opened()
+    page.route("**/duplicates?**", lambda route: route.continue_(url=route.request.url.replace("limit=50", "limit=2")))
+    set_mode(page, "Duplicates")
+    page.get_by_role("button", name="Find duplicates").click()
+    more = page.get_by_role("button", name="Show more groups")
+    more.wait_for()
+    assert page.locator(".group").count() == 2
+    more.click()
+    status(page, "more pairs? shown")
+    groups = service.http.get("/duplicates").json()["groups"]
+    headings = page.locator(".group h3").all_inner_texts()
+    assert [int(heading.split()[1]) for heading in headings] == [group["group"] for group in groups]
+    assert page.locator(".pair").count() == sum(len(group["files"]) - 1 for group in groups)
+    more.wait_for(state="hidden")
 
 
 def test_a_verdict_that_is_refused_is_taken_back(opened: Open) -> None:
