@@ -31,12 +31,15 @@ let list = null;
 
 const say = (text) => { byId("status").textContent = text; };
 
+// Whether the same question may be answered another time.
+const mayPass = ({ status }) => !status || status === 429 || status >= 500;
+
 function fail(error, again = null) {
   if (error.name === "AbortError") return;
   const detail = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
   byId("problem").replaceChildren(
     element("p", {}, detail),
-    again ? element("button", { type: "button", click: again }, "Try again") : "",
+    again && mayPass(error) ? element("button", { type: "button", click: again }, "Try again") : "",
   );
   say("");
   if (error.status === 401) {

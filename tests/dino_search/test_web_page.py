@@ -82,7 +82,7 @@ def opened(browser: Browser, service: RunningService) -> Iterator[Open]:
         page = context.new_page()
         page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
         page.on("console", lambda message: trouble.append(f"console: {message.text}"))
-        page.on("request", lambda request: _is_ours(request.url, service) or trouble.append(request.url))
+        page.on("request", lambda asked: None if _is_ours(asked.url, service) else trouble.append(asked.url))
         page.goto(f"{service.url}/{place}")
         page.locator("#collection option").first.wait_for(state="attached")
         return page
@@ -387,6 +387,14 @@ def test_what_the_service_refuses_is_shown_as_its_detail(opened: Open, folder: P
     assert page.get_by_role("alert").inner_text() == ""
 
 
+def test_what_will_not_pass_by_itself_is_not_to_be_tried_again(opened: Open, folder: Path) -> None:
+    page = opened()
+    page.locator("#k").fill("0")
+    choose(page, folder / "queries" / "coffee.jpg")
+    page.get_by_role("alert").get_by_text("k: ").wait_for()
+    assert page.get_by_role("button", name="Try again").count() == 0
+
+
 def test_a_service_that_has_gone_is_said_and_can_be_tried_again(opened: Open, folder: Path) -> None:
     page = opened()
     page.route("**/search", lambda route: route.abort())
@@ -465,7 +473,7 @@ def show_everything(page: Page, folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_keeps_people_out(opened: Open, folder: Path, scheme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
+    from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 
     page = opened(color_scheme=scheme, reduced_motion="reduce")
     for name in show_everything(page, folder):
@@ -489,6 +497,17 @@ def test_a_phone_shows_everything_without_scrolling_sideways(opened: Open, folde
     page = opened(viewport=PHONE, has_touch=True, is_mobile=True)
     for name in show_everything(page, folder):
         assert (name, page.evaluate("document.documentElement.scrollWidth")) == (name, PHONE["width"])
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+def test_long_names_and_labels_stay_in_their_places(opened: Open, folder: Path, viewport: Any) -> None:
+    page = opened(viewport=viewport)
+    choose(page, folder / "queries" / "motorcycle_left.jpg")
+    status(page, "12 images found")
+    wide = page.locator(".result").evaluate_all(
+        """cells => cells.filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.title)"""
+    )
+    assert wide == []
 
 
 def test_the_focus_goes_through_the_page_in_order_and_is_seen(opened: Open) -> None:
