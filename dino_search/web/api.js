@@ -2,11 +2,12 @@
 
 const KEY = "dino-search-key";
 
-// Why the service did not do what it was asked. message: the problem's detail.
+// Why the service did not do what it was asked. message: the problem's detail. code: what stands behind `/problems/`.
 export class Problem extends Error {
-  constructor(detail, status = 0) {
+  constructor(detail, status = 0, code = "") {
     super(detail);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -44,7 +45,8 @@ async function problemOf(answer) {
     // A proxy's page, say.
   }
   const detail = said.detail || said.title || `The service answered ${answer.status} ${answer.statusText}`.trim();
-  return new Problem(said.reasons ? [detail, ...said.reasons].join("; ") : detail, answer.status);
+  const code = String(said.type ?? "").replace("/problems/", "");
+  return new Problem(said.reasons ? [detail, ...said.reasons].join("; ") : detail, answer.status, code);
 }
 
 // Asks about a picture: one of the service's by its id, or a file. fields: a list gives the field several times.

@@ -5,6 +5,7 @@ import { baseName, element, inBytes, plural } from "/web/elements.js";
 import { PairList, keysHelp } from "/web/pairs.js";
 
 const GROUPS_PER_PAGE = 50;
+const PAUSE_MS = 500;
 
 export class DuplicatesView {
   // options: of GET /duplicates, the collection among them. tools: as PairList takes them.
@@ -29,12 +30,25 @@ export class DuplicatesView {
 
   async #page() {
     const parameters = { ...this.options, cursor: this.cursor, limit: GROUPS_PER_PAGE };
-    const answer = await (await ask("/duplicates", { parameters, signal: this.signal })).json();
+    const answer = await this.#answer(parameters);
     // A verdict may have split a group, and then it stands in the answer anew: of pairs, each is shown once.
     for (const group of answer.groups) this.#add(group);
     this.cursor = answer.next_cursor;
     this.more.hidden = this.cursor === null;
     return answer;
+  }
+
+  // The service gives up answering before it gives up looking: then ask again, for as long as anybody wants to know.
+  async #answer(parameters) {
+    for (;;) {
+      try {
+        return await (await ask("/duplicates", { parameters, signal: this.signal })).json();
+      } catch (error) {
+        if (error.code !== "request-timed-out") throw error;
+        this.tools.say("Still looking for duplicates …");
+        await new Promise((done) => setTimeout(done, PAUSE_MS));
+      }
+    }
   }
 
   async #showMore() {

@@ -334,6 +334,24 @@ def test_duplicates_are_judged_by_keyboard(opened: Open, service: RunningService
     assert page.locator(".pair[data-verdict=not_copy]").count() == 0
 
 
+def test_duplicates_that_take_longer_than_a_request_are_waited_for(opened: Open) -> None:
+    page = opened()
+    problem = {"type": "/problems/request-timed-out", "title": "Request timed out", "status": 503, "detail": "again"}
+    answers: list[Any] = [problem, problem]
+
+    def answer(route: Any) -> None:
+        if answers:
+            route.fulfill(status=503, content_type="application/problem+json", body=json.dumps(answers.pop()))
+        else:
+            route.continue_()
+
+    page.route("**/duplicates?**", answer)
+    set_mode(page, "Duplicates")
+    page.get_by_role("button", name="Find duplicates").click()
+    status(page, "groups among 12 images")
+    assert (answers, page.get_by_role("alert").inner_text()) == ([], "")
+
+
 def test_more_groups_are_shown_when_asked_for_and_each_pair_once(opened: Open, service: RunningService) -> None:
     page = opened()
     page.route("**/duplicates?**", lambda route: route.continue_(url=route.request.url.replace("limit=50", "limit=2")))
