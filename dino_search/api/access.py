@@ -140,7 +140,7 @@ class AccessControl:
 
 
 class FailureCounts:
-    """How often each client failed lately. Bounded: of very many clients, those that failed longest ago are forgotten."""
+    """How often each client failed lately. Of very many clients, those that failed longest ago are forgotten."""
 
     _MAX_CLIENTS = 10_000
 

@@ -207,7 +207,10 @@ class Jobs:
         return jobs[:limit], jobs[limit - 1].id if len(jobs) > limit else None
 
     def cancel(self, job_id: int) -> Job:
-        """Ends a job that waits at once, has one that runs stop soon. Raises JobNotFound, JobConflict, CatalogErrors."""
+        """Ends a job that waits at once, and has one that runs stop soon.
+
+        Raises JobNotFound, JobConflict, CatalogErrors.
+        """
         with self._existing_for(job_id).writing() as session:
             row = _row(session, job_id)
             if row.status not in GOING_ON:
@@ -246,7 +249,7 @@ class Jobs:
         if (catalog := self.door.catalog()) is not None:
             with catalog.reading() as session:
                 rows = session.execute(select(JobRow.status, func.count()).group_by(JobRow.status))
-                found |= {status: count for status, count in rows}
+                found |= dict(rows.tuples().all())
         return found
 
     def clear_uploads(self, job: Job) -> None:

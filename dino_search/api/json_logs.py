@@ -28,7 +28,10 @@ _QUIET = ("uvicorn.access",)  # the middleware's line says the same, and the req
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\bds_[A-Za-z0-9_-]{6}[A-Za-z0-9_-]{10,}"), "ds_***"),
     (re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]*(?=@)"), "***"),
-    (re.compile(r"(?i)\b(authorization|x-api-key)(['\"]?\s*[:=,]\s*['\"]?)(?:bearer\s+|basic\s+)?[^\s'\",)]+"), r"\1\2***"),
+    (
+        re.compile(r"(?i)\b(authorization|x-api-key)(['\"]?\s*[:=,]\s*['\"]?)(?:bearer\s+|basic\s+)?[^\s'\",)]+"),
+        r"\1\2***",
+    ),
     (re.compile(r"(?i)\b(password|passwd|pwd|secret|token)=[^\s&'\"]+"), r"\1=***"),
 )  # fmt: skip
 

@@ -31,7 +31,15 @@ _PATTERN = re.compile(r"(?:\*\.)?[a-z0-9_.-]+(?::\d{1,5})?|\[[0-9a-f:.]+\](?::\d
 # What stands for an IPv4 address, or leads to one, and would smuggle in one that is not public.
 _TRANSLATED = tuple(
     ipaddress.IPv6Network(text)
-    for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16")
+    for text in (
+        "::/96",
+        "::ffff:0:0/96",
+        "::ffff:0:0:0/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2001::/32",
+        "2002::/16",
+    )
 )
 # Relays, and shared or documentation ranges that older tables of Python call global.
 _MORE_SPECIAL = tuple(ipaddress.IPv4Network(text) for text in ("192.88.99.0/24", "192.0.0.0/24", "100.64.0.0/10"))

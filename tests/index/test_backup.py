@@ -70,7 +70,9 @@ def catalog(home: Path) -> Catalog:
         )  # fmt: skip
         session.add(VerdictRow(first_sha256=bytes(32), second_sha256=b"\xff" * 32, decision="not_copy", note="a\nb'\""))
         session.add(ApiKeyRow(name="page", prefix="ds_abcd", sha256=bytes(32), scope="read", collections=["default"]))
-        session.add(ApiKeyRow(name="all", prefix="ds_efgh", sha256=b"1" * 32, scope="admin", revoked_at=datetime.now(UTC)))
+        session.add(
+            ApiKeyRow(name="all", prefix="ds_efgh", sha256=b"1" * 32, scope="admin", revoked_at=datetime.now(UTC))
+        )
         failures = [{"path": "/photos/é.jpg", "code": "truncated", "message": "ends"}]
         session.add(
             JobRow(

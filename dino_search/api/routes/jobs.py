@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, BinaryIO, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -233,5 +233,5 @@ def _uploads_of(form: FormData) -> list[Upload]:
             if name not in _PICTURE_FIELDS:
                 message = "expected pictures in the field images"
                 raise RequestValidationError([{"type": "extra_forbidden", "loc": ("body", name), "msg": message}])
-            uploads.append((value.filename or "", cast(BinaryIO, value.file)))
+            uploads.append((value.filename or "", value.file))
     return uploads

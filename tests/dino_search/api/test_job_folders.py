@@ -24,7 +24,8 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("given", "real"),
-    [("photos", "photos"), ("photos/", "photos"), ("photos/2026/deep", "photos/2026/deep"), ("photos/2026/..", "photos"),
+    [("photos", "photos"), ("photos/", "photos"), ("photos/2026/deep", "photos/2026/deep"), ("photos/2026/..",
+     "photos"),
      ("photos/inside/deep", "photos/2026/deep"), ("photos/./2026//", "photos/2026"), ("private/../photos", "photos")],
 )  # fmt: skip
 def test_folders_below_an_allowed_one_are_given_by_their_real_path(tree: Path, given: str, real: str) -> None:
@@ -33,10 +34,13 @@ def test_folders_below_an_allowed_one_are_given_by_their_real_path(tree: Path, g
 
 @pytest.mark.parametrize(
     "given",
-    ["{tree}/private", "{tree}", "/", "{tree}/photos2", "{tree}/photos/..", "{tree}/photos/../private", "{tree}/photos/out",
+    ["{tree}/private", "{tree}", "/", "{tree}/photos2", "{tree}/photos/..", "{tree}/photos/../private",
+     "{tree}/photos/out",
      "{tree}/photos/out/inner", "{tree}/photos/chain", "{tree}/photos/inside/../../private", "{tree}/missing",
-     "{tree}/photos/2026/../../../../../../../etc", "photos", "./photos", "../photos", "~/photos", "", "{tree}/photos\0/../private",
-     "file://{tree}/photos", "s3://bucket/a", "https://a.test/", "/proc/self/cwd", "/etc", "{tree}/PHOTOS", "//{tree}/private"],
+     "{tree}/photos/2026/../../../../../../../etc", "photos", "./photos", "../photos", "~/photos", "",
+     "{tree}/photos\0/../private",
+     "file://{tree}/photos", "s3://bucket/a", "https://a.test/", "/proc/self/cwd", "/etc", "{tree}/PHOTOS",
+     "//{tree}/private"],
 )  # fmt: skip
 def test_all_other_folders_are_refused_in_the_same_words(
     tree: Path, given: str, monkeypatch: pytest.MonkeyPatch
@@ -84,8 +88,10 @@ def test_links_inside_that_lead_out_are_found_wherever_they_are(tree: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "safe"),
-    [("a.jpg", "a.jpg"), ("../../etc/passwd", "passwd"), ("C:\\x\\a b.JPG", "a_b.JPG"), ("..", "picture"), ("", "picture"),
-     (".bashrc", "picture.bashrc"), ("a\0b.png", "a_b.png"), ("写真.jpg", "picture.jpg"), ("x" * 300 + ".jpeg", "x" * 100 + ".jpeg"),
+    [("a.jpg", "a.jpg"), ("../../etc/passwd", "passwd"), ("C:\\x\\a b.JPG", "a_b.JPG"), ("..", "picture"), ("",
+     "picture"),
+     (".bashrc", "picture.bashrc"), ("a\0b.png", "a_b.png"), ("写真.jpg", "picture.jpg"), ("x" * 300 + ".jpeg",
+     "x" * 100 + ".jpeg"),
      ("a.jpg/", "picture"), ("-rf.jpg", "-rf.jpg"), ("a.", "a"), ("con\r\n.jpg", "con.jpg")],
 )  # fmt: skip
 def test_names_of_clients_lead_nowhere(name: str, safe: str) -> None:
@@ -93,10 +99,10 @@ def test_names_of_clients_lead_nowhere(name: str, safe: str) -> None:
 
 
 def test_uploads_lie_in_a_folder_of_their_own_in_their_order(home: Path) -> None:
-    uploads = [(name, io.BytesIO(name.encode())) for name in ["a.jpg", "../a.jpg"] + ["b.jpg"] * 8]
-    token = save_uploads(home, uploads, 10)  # type: ignore[arg-type]
+    uploads = [(name, io.BytesIO(name.encode())) for name in ["a.jpg", "../a.jpg", *["b.jpg"] * 8]]
+    token = save_uploads(home, uploads, 10)
     written = sorted(uploads_folder(home, token).iterdir())
-    assert [path.name for path in written][:2] + [written[-1].name] == ["01-a.jpg", "02-a.jpg", "10-b.jpg"]
+    assert [written[number].name for number in (0, 1, -1)] == ["01-a.jpg", "02-a.jpg", "10-b.jpg"]
     assert written[1].read_bytes() == b"../a.jpg"
     for number in (0, 11):
         with pytest.raises(UploadRefused, match=f"1 to 10 pictures, found {number}"):

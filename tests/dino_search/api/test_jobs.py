@@ -15,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from fastapi import FastAPI, Request
@@ -78,10 +77,10 @@ class Service:
     jobs: Jobs
     client: TestClient
 
-    def ask(self, **request: Any) -> httpx.Response:
+    def ask(self, **request: Any) -> Any:
         return self.client.post("/jobs", json=request)
 
-    def wait(self, answer: httpx.Response, *statuses: str) -> dict[str, Any]:
+    def wait(self, answer: Any, *statuses: str) -> dict[str, Any]:
         """The job that was asked for, once it has ended, or has one of the statuses."""
         assert answer.status_code == 202, answer.text
         return wait_for(self.jobs, answer.json()["id"], *statuses)
@@ -175,7 +174,9 @@ def test_a_duplicates_job_leaves_both_reports(service: Service, indexed: dict[st
 
 
 def test_pictures_that_are_sent_along_are_indexed_from_the_home(service: Service) -> None:
-    files = [("images", (name, jpeg(50 + number), "image/jpeg")) for number, name in enumerate(["a.jpg", "../../b.jpg"])]
+    files = [
+        ("images", (name, jpeg(50 + number), "image/jpeg")) for number, name in enumerate(["a.jpg", "../../b.jpg"])
+    ]
     files.append(("images", ("bad.jpg", b"no picture", "image/jpeg")))
     answer = service.client.post("/jobs", data={"kind": "index", "collection": "sent"}, files=files)
     job = service.wait(answer)
@@ -216,10 +217,14 @@ def test_a_job_that_cannot_be_done_says_why(service: Service, tmp_path_factory: 
 @pytest.mark.parametrize(
     "request_body",
     [{}, {"kind": "pretrain"}, {"kind": "index", "folders": ["/a"], "unknown": 1}, {"kind": "index", "folders": "/a"},
-     {"kind": "index"}, {"kind": "copies"}, {"kind": "copies", "folders": ["/a"], "k": 0}, {"kind": "index", "folders": [1]},
-     {"kind": "duplicates", "folders": ["/a"]}, {"kind": "duplicates", "copy_score": 2}, {"kind": "duplicates", "keep": "all"},
-     {"kind": "copies", "folders": ["/a"], "target_precision": 1}, {"kind": "index", "folders": ["/a"], "collection": ""},
-     {"kind": "index", "folders": ["/a"], "labels": "/etc/passwd"}, {"kind": "index", "folders": ["/a"], "exclude": [""]}, [], "a"],
+     {"kind": "index"}, {"kind": "copies"}, {"kind": "copies", "folders": ["/a"], "k": 0}, {"kind": "index",
+     "folders": [1]},
+     {"kind": "duplicates", "folders": ["/a"]}, {"kind": "duplicates", "copy_score": 2}, {"kind": "duplicates",
+     "keep": "all"},
+     {"kind": "copies", "folders": ["/a"], "target_precision": 1}, {"kind": "index", "folders": ["/a"],
+     "collection": ""},
+     {"kind": "index", "folders": ["/a"], "labels": "/etc/passwd"}, {"kind": "index", "folders": ["/a"],
+     "exclude": [""]}, [], "a"],
     ids=repr,
 )  # fmt: skip
 def test_requests_of_no_use_are_refused(idle: Service, request_body: Any) -> None:
@@ -253,11 +258,14 @@ def test_folders_that_are_not_allowed_are_refused(idle: Service, folder: str) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["../../catalog.sqlite3", "..%2F..%2Fcatalog.sqlite3", "%2e%2e/%2e%2e/catalog.sqlite3", "catalog.sqlite3", "groups.csv",
+    ["../../catalog.sqlite3", "..%2F..%2Fcatalog.sqlite3", "%2e%2e/%2e%2e/catalog.sqlite3", "catalog.sqlite3",
+     "groups.csv",
      "matches.csv%00", "matches.csv/", ".", "/etc/passwd", "..\\..\\catalog.sqlite3", "x" * 65],
 )  # fmt: skip
 def test_only_files_of_the_report_are_given_out(service: Service, indexed: dict[str, Any], name: str) -> None:
-    request = JOB_REQUEST.validate_python({"kind": "copies", "folders": [str(service.photos / "dog")], "copy_score": 0.9})
+    request = JOB_REQUEST.validate_python(
+        {"kind": "copies", "folders": [str(service.photos / "dog")], "copy_score": 0.9}
+    )
     job_id = service.jobs.submit(request).id
     answer = service.client.get(f"/jobs/{job_id}/files/{name}")
     assert answer.status_code in (404, 405, 422)
@@ -294,7 +302,12 @@ def test_jobs_are_listed_newest_first_page_by_page(idle: Service) -> None:
 
 def test_jobs_that_are_not_there_are_not_found(idle: Service) -> None:
     assert idle.client.get("/jobs").json() == {"jobs": [], "next_cursor": None}
-    for method, path in (("GET", "/jobs/1"), ("POST", "/jobs/1/cancel"), ("DELETE", "/jobs/1"), ("GET", "/jobs/1/files/a")):
+    for method, path in (
+        ("GET", "/jobs/1"),
+        ("POST", "/jobs/1/cancel"),
+        ("DELETE", "/jobs/1"),
+        ("GET", "/jobs/1/files/a"),
+    ):
         assert idle.client.request(method, path).status_code == 404
     assert idle.client.get("/jobs/0").status_code == 422
     assert idle.client.get(f"/jobs/{2**63}").status_code == 422
@@ -328,7 +341,9 @@ def test_jobs_ask_for_scopes_and_collections(idle: Service) -> None:
     ] == [401, 403, 202, 202, 403, 202]
     assert [job["id"] for job in idle.client.get("/jobs", headers=reader).json()["jobs"]] == [3, 2, 1]
     assert [job["id"] for job in idle.client.get("/jobs", headers=bound).json()["jobs"]] == [2, 1]
-    statuses = {path: idle.client.get(path, headers=bound).status_code for path in ("/jobs/1", "/jobs/3", "/jobs?collection=b")}
+    statuses = {
+        path: idle.client.get(path, headers=bound).status_code for path in ("/jobs/1", "/jobs/3", "/jobs?collection=b")
+    }
     assert list(statuses.values()) == [200, 403, 403]
     assert idle.client.post("/jobs/3/cancel", headers=bound).status_code == 403
     assert idle.client.post("/jobs/1/cancel", headers=reader).status_code == 403
@@ -338,13 +353,16 @@ def test_jobs_ask_for_scopes_and_collections(idle: Service) -> None:
 # --- cancelled, stopped, killed
 
 
+NUM_MANY = 480
+
+
 @pytest.fixture(scope="module")
 def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So many pictures that indexing them takes some seconds."""
     folder = tmp_path_factory.mktemp("many")
-    for number in range(40):
+    for number in range(16):
         picture = jpeg(number)
-        for copy in range(30):  # other bytes after the picture's end make other images
+        for copy in range(NUM_MANY // 16):  # other bytes after the picture's end make other images
             (folder / f"{number}-{copy}.jpg").write_bytes(picture + bytes([copy]))
     return folder
 
@@ -401,9 +419,7 @@ def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return list(psutil.Process(process.pid).children(recursive=True))
 
 
-def test_a_job_is_cancelled_with_what_it_recorded_kept(
-    serve: Callable[..., subprocess.Popen[str]], home: Path
-) -> None:
+def test_a_job_is_cancelled_with_what_it_recorded_kept(serve: Callable[..., subprocess.Popen[str]], home: Path) -> None:
     process = serve("index", "index")
     with closing(Jobs(home)) as jobs:
         wait_until(lambda: jobs.get(1).done > 0, "progress")
@@ -412,9 +428,9 @@ def test_a_job_is_cancelled_with_what_it_recorded_kept(
         assert (jobs.cancel(1).status, jobs.get(1).cancel_asked) == ("running", True)
         job = wait_for(jobs, 1)
     assert (job["status"], job["error"], job["result"]) == ("cancelled", None, None)
-    assert 0 < job["progress"]["done"] < job["progress"]["total"] == 1200
+    assert 0 < job["progress"]["done"] < job["progress"]["total"] == NUM_MANY
     with Collection.open(home=home) as opened:
-        assert 0 < opened.info()["images"] < 1200
+        assert 0 < opened.info()["images"] < NUM_MANY
     wait_until(lambda: not children_of(process), "the end of its process")
 
 
@@ -431,15 +447,16 @@ def test_an_index_job_goes_on_after_its_service_was_killed(
         assert jobs.get(1).status == "running"
         with Collection.open(home=home) as opened:
             recorded = opened.info()["images"]
-        assert 0 < recorded < 1200
+        assert 0 < recorded < NUM_MANY
         second = serve()
         job = wait_for(jobs, 1)
-        assert (job["status"], job["result"]["added"] + recorded) == ("done", 1200)
+        assert (job["status"], job["result"]["added"] + recorded) == ("done", NUM_MANY)
         assert job["result"]["skipped"] == recorded
         second.send_signal(signal.SIGINT)
         second.wait(30)
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_go_on_says_that_its_service_ended(
     serve: Callable[..., subprocess.Popen[str]], home: Path, many_photos: Path
 ) -> None:
@@ -456,6 +473,7 @@ def test_a_job_that_cannot_go_on_says_that_its_service_ended(
     assert "ask for it again" in job["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_service_that_is_stopped_puts_its_job_back(serve: Callable[..., subprocess.Popen[str]], home: Path) -> None:
     process = serve("index")
     with closing(Jobs(home)) as jobs:
@@ -470,6 +488,7 @@ def test_a_service_that_is_stopped_puts_its_job_back(serve: Callable[..., subpro
             assert (row.attempts, row.owner) == (0, None)
 
 
+@pytest.mark.slow
 def test_a_job_whose_process_is_killed_has_failed(serve: Callable[..., subprocess.Popen[str]], home: Path) -> None:
     process = serve("index")
     with closing(Jobs(home)) as jobs:
@@ -523,7 +542,9 @@ def test_waiting_jobs_survive_trouble_with_the_catalog(idle: Service, caplog: py
     assert runner._trouble == ""
 
 
-def test_nothing_secret_is_on_the_command_line_of_a_job(serve: Callable[..., subprocess.Popen[str]], home: Path) -> None:
+def test_nothing_secret_is_on_the_command_line_of_a_job(
+    serve: Callable[..., subprocess.Popen[str]], home: Path
+) -> None:
     process = serve("index")
     wait_until(lambda: bool(children_of(process)), "its process")
     (child,) = children_of(process)

@@ -13,7 +13,7 @@ import databases
 from commands_in_process import Command
 from databases import open_catalog
 from dino_index.errors import KeyNotFound
-from dino_search.api.keys import SCOPES, ApiKeys, find_key
+from dino_search.api.keys import SCOPES, ApiKeys, Scope, find_key
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -48,10 +48,10 @@ def test_a_key_is_found_among_others_and_nothing_like_it_is(keys: ApiKeys) -> No
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_each_scope_includes_those_before_it(keys: ApiKeys, scope: str) -> None:
-    known, _ = keys.add("a", scope=scope)  # type: ignore[arg-type]
+def test_each_scope_includes_those_before_it(keys: ApiKeys, scope: Scope) -> None:
+    known, _ = keys.add("a", scope=scope)
     allowed = [other for other in SCOPES if known.allows(other)]
-    assert allowed == list(SCOPES[: SCOPES.index(scope) + 1])  # type: ignore[arg-type]
+    assert allowed == list(SCOPES[: SCOPES.index(scope) + 1])
 
 
 def test_a_key_is_for_all_collections_unless_it_names_some(keys: ApiKeys) -> None:

@@ -119,9 +119,9 @@ def test_a_sane_request_id_is_kept_and_seen_everywhere(client: httpx.Client) -> 
     assert answer.json() == {"state": "from-the-proxy_1.2", "context": "from-the-proxy_1.2"}
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 65, '"}{"', "<script>", "é".encode("latin-1")])
-def test_any_other_request_id_is_replaced(client: httpx.Client, given: str | bytes) -> None:
-    first, second = (client.get("/id", headers={"X-Request-ID": given}) for _ in range(2))
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, '"}{"', "<script>", "é"])
+def test_any_other_request_id_is_replaced(client: httpx.Client, given: str) -> None:
+    first, second = (client.get("/id", headers=[(b"X-Request-ID", given.encode("latin-1"))]) for _ in range(2))
     made = first.headers["x-request-id"]
     assert (len(made), int(made, 16) > 0) == (32, True)
     assert made != second.headers["x-request-id"]

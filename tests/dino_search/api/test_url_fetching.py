@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -98,7 +98,7 @@ def port(server: ThreadingHTTPServer) -> int:
     return int(server.server_port)
 
 
-Addresses = dict[str, Sequence[str]]
+Addresses = Mapping[str, Sequence[str]]
 HERE: Addresses = {"pictures.test": ["127.0.0.1"], "a.cdn.test": ["127.0.0.1"]}
 
 
@@ -155,19 +155,26 @@ def test_the_connection_goes_to_the_address_that_was_looked_at(port: int) -> Non
 
 SECRET = "http://127.0.0.1:{port}/picture"
 REFUSED = [
-    "ftp://pictures.test/a", "file:///etc/passwd", "gopher://pictures.test/", "data:image/png;base64,AA", "//pictures.test/a",
+    "ftp://pictures.test/a", "file:///etc/passwd", "gopher://pictures.test/", "data:image/png;base64,AA",
+    "//pictures.test/a",
     "pictures.test/a", "", "http://", "http:///a", "javascript:alert(1)", "dict://pictures.test:11211/",
     # other hosts, and hosts in disguise
-    SECRET, "http://localhost:{port}/picture", "http://[::1]:{port}/picture", "http://0:{port}/", "http://2130706433:{port}/",
+    SECRET, "http://localhost:{port}/picture", "http://[::1]:{port}/picture", "http://0:{port}/",
+    "http://2130706433:{port}/",
     "http://0x7f.1:{port}/", "http://0177.0.0.1:{port}/", "http://127.1:{port}/", "http://[::ffff:127.0.0.1]:{port}/",
     "http://169.254.169.254/latest/meta-data/", "http://metadata.google.internal/", "http://①②⑦.⓪.⓪.①:{port}/",
-    "http://pictures.test.evil.test:{port}/", "http://evilpictures.test:{port}/", "http://cdn.test:{port}/", "http://evilcdn.test:{port}/",
+    "http://pictures.test.evil.test:{port}/", "http://evilpictures.test:{port}/", "http://cdn.test:{port}/",
+    "http://evilcdn.test:{port}/",
     # what one reader of URLs takes for the host and another does not
-    "http://pictures.test:{port}@127.0.0.1:{port}/", "http://user:pw@pictures.test:{port}/picture", "http://127.0.0.1:{port}\\@pictures.test:{port}/",
-    "http://127.0.0.1:{port}#@pictures.test:{port}/", "http://127.0.0.1:{port}?@pictures.test:{port}/", "http://pictures.test:{port}\\.evil.test/",
-    "http://pictures.test:{port} @evil.test/", "http://pictures.test:{port}\r\nHost: evil.test/", "http://pictures.test\t:{port}/", "http://pictures.test%00.evil.test:{port}/",
+    "http://pictures.test:{port}@127.0.0.1:{port}/", "http://user:pw@pictures.test:{port}/picture",
+    "http://127.0.0.1:{port}\\@pictures.test:{port}/",
+    "http://127.0.0.1:{port}#@pictures.test:{port}/", "http://127.0.0.1:{port}?@pictures.test:{port}/",
+    "http://pictures.test:{port}\\.evil.test/",
+    "http://pictures.test:{port} @evil.test/", "http://pictures.test:{port}\r\nHost: evil.test/",
+    "http://pictures.test\t:{port}/", "http://pictures.test%00.evil.test:{port}/",
     # other ports of a listed host
-    "http://pictures.test/picture", "https://pictures.test/picture", "http://pictures.test:22/", "http://pictures.test:65536/", "http://pictures.test:-1/",
+    "http://pictures.test/picture", "https://pictures.test/picture", "http://pictures.test:22/",
+    "http://pictures.test:65536/", "http://pictures.test:-1/",
     "http://pictures.test:{port}/" + "a" * 3000,
 ]  # fmt: skip
 
@@ -179,7 +186,9 @@ def test_other_urls_are_refused_before_anything_is_asked_for(port: int, url: str
     assert Pages.asked == []
 
 
-@pytest.mark.parametrize("url", [url for url in REFUSED if url.isprintable() and url.isascii()], ids=lambda url: url[:50])
+@pytest.mark.parametrize(
+    "url", [url for url in REFUSED if url.isprintable() and url.isascii()], ids=lambda url: url[:50]
+)
 def test_redirects_are_looked_at_as_the_first_url_is(port: int, url: str) -> None:
     location = url.replace("{port}", str(port))
     with pytest.raises(FetchError):
@@ -235,9 +244,12 @@ def test_another_address_is_tried_where_one_does_not_answer(port: int) -> None:
 
 PRIVATE = [
     "127.0.0.1", "127.255.255.255", "0.0.0.0", "0.1.2.3", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1",
-    "169.254.169.254", "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "192.88.99.1",
-    "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1", "::7f00:1", "fe80::1", "fe80::1%1", "fec0::1",
-    "fc00::1", "fd12::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "64:ff9b::7f00:1", "64:ff9b::808:808",
+    "169.254.169.254", "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1",
+    "192.88.99.1",
+    "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1", "::7f00:1", "fe80::1", "fe80::1%1",
+    "fec0::1",
+    "fc00::1", "fd12::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "64:ff9b::7f00:1",
+    "64:ff9b::808:808",
     "64:ff9b:1::1", "2002:7f00:1::", "2001:0:7f00:1::", "::ffff:0:127.0.0.1", "100::1",
 ]  # fmt: skip
 
@@ -254,7 +266,9 @@ def test_addresses_that_are_not_public_are_refused(port: int, address: str) -> N
         asyncio.run(UrlFetcher(options, resolve=resolve).fetch("https://pictures.test/a"))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "193.99.144.80", "2a00:1450:4001:80b::200e", "2606:4700::1111"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "193.99.144.80", "2a00:1450:4001:80b::200e", "2606:4700::1111"]
+)
 def test_public_addresses_are_not(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
