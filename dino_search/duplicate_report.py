@@ -16,11 +16,11 @@ from uuid import uuid4
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from dino_index.errors import OutputExists, OutputUnwritable
-from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
 from dino_search.thumbnails import thumbnail_uri
 
 if TYPE_CHECKING:
     from dino_search.collection import Collection
+    from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
 
 KIND = "duplicates"
 """What the catalog calls such a file."""

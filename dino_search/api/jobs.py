@@ -249,7 +249,7 @@ class Jobs:
         if (catalog := self.door.catalog()) is not None:
             with catalog.reading() as session:
                 rows = session.execute(select(JobRow.status, func.count()).group_by(JobRow.status))
-                found |= dict(rows.tuples().all())
+                found |= dict(rows.all())
         return found
 
     def clear_uploads(self, job: Job) -> None:

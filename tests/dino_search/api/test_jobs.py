@@ -353,7 +353,7 @@ def test_jobs_ask_for_scopes_and_collections(idle: Service) -> None:
 # --- cancelled, stopped, killed
 
 
-NUM_MANY = 480
+NUM_MANY = 320
 
 
 @pytest.fixture(scope="module")
