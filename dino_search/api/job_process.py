@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from dino_index.errors import DinoSearchError
-from dino_search.api.json_logs import LogFormat, configure_logging, request_id
+from dino_search.api.json_logs import LogFormat, configure_logging, request_id, toggle_debug_on_signal
 
 if TYPE_CHECKING:
     from dino_index.backbones import Device
@@ -251,6 +251,7 @@ def main() -> None:
     task = JobTask(**json.loads(line))
     threading.Thread(target=_end_with_service, name="watch-service", daemon=True).start()
     configure_logging(task.log_level, task.log_format)
+    toggle_debug_on_signal(task.log_level)  # service managers may send it to all processes of the service
     request_id.set(f"job-{task.job_id}")
     job = _Job(task, teller)
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -226,6 +227,10 @@ class JobRunner:
         elif self._is_stopping.is_set():
             row.status, row.owner, row.attempts = "queued", None, row.attempts - 1
             return []
+        elif process.was_stopped and row.attempts < MAX_ATTEMPTS:
+            # Not by us: service managers tell all processes of a service to end, while it still answers requests.
+            row.status, row.owner = "queued", None
+            return []
         else:
             end(row, "failed", "job_died", process.death())
         return [job_of(row)]
@@ -240,6 +245,8 @@ class _Process:
         self.num_failures = 0
         self.result: dict[str, Any] | None = None
         self.error: tuple[str, str] | None = None
+        self.was_stopped = False
+        """Whether it ended because it was told to, with its work undone."""
         self.has_ended = False
         self._on_end = on_end
         self._kill_at: float | None = None
@@ -296,7 +303,7 @@ class _Process:
                     self._hear(json.loads(line))
                 except (ValueError, KeyError):
                     logger.warning("a job told what nobody understands: %.200s", line)
-        self._popen.wait()
+        self.was_stopped |= self._popen.wait() == -signal.SIGTERM
         self.has_ended = True
         self._on_end()
 
@@ -310,6 +317,8 @@ class _Process:
                 self.result = told["result"]
             case "error":
                 self.error = told["code"], told["message"]
+            case "stopped":
+                self.was_stopped = True
 
 
 def _running_rows() -> Any:

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,7 @@ async def resolve_by_system(host: str, port: int) -> Sequence[str]:
 class UrlFetcher:
     """Fetches pictures, each with connections of its own.
 
+    tls: which certificates are believed; None for those that httpx comes with.
     resolve, allow_address: to be replaced by tests, which have no other host than this one.
     """
 
@@ -95,10 +97,12 @@ class UrlFetcher:
         self,
         options: FetchOptions,
         *,
+        tls: ssl.SSLContext | None = None,
         resolve: Resolve = resolve_by_system,
         allow_address: Callable[[Address], bool] = is_public,
     ) -> None:
         self._options = options
+        self._tls = tls
         self._resolve = resolve
         self._allow_address = allow_address
 
@@ -151,7 +155,7 @@ class UrlFetcher:
         """(content, None), or (nothing, where a redirect leads)."""
         addresses = await self._addresses(url)
         for number, address in enumerate(addresses, 1):
-            transport = _PinnedTransport(address)
+            transport = _PinnedTransport(address, self._tls)
             # Without the environment, which may name a proxy that would resolve the name again.
             client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=self._options.timeout_s)
             headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "dino-search"}
@@ -210,9 +214,9 @@ class UrlFetcher:
 class _PinnedTransport(httpx.AsyncBaseTransport):
     """Connects to one address, whatever name a request has; the name stays what is asked for and what TLS checks."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: ssl.SSLContext | None) -> None:
         self._address = address
-        self._inner = httpx.AsyncHTTPTransport(trust_env=False)
+        self._inner = httpx.AsyncHTTPTransport(verify=True if tls is None else tls, trust_env=False)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         extensions: dict[str, Any] = dict(request.extensions)

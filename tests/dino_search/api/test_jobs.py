@@ -500,6 +500,35 @@ def test_a_job_whose_process_is_killed_has_failed(serve: Callable[..., subproces
     assert "signal 9" in job["error"]["message"]
 
 
+@pytest.mark.slow
+def test_a_job_whose_process_somebody_else_stops_begins_again(
+    serve: Callable[..., subprocess.Popen[str]], home: Path
+) -> None:
+    process = serve("index")
+    with closing(Jobs(home)) as jobs:
+        wait_until(lambda: jobs.get(1).done > 0, "progress")
+        (child,) = children_of(process)
+        child.terminate()
+        job = wait_for(jobs, 1)
+    assert (job["status"], job["result"]["images"]) == ("done", NUM_MANY)
+    assert job["result"]["skipped"] > 0
+
+
+def test_the_routes_are_described(idle: Service) -> None:
+    described = idle.client.get("/openapi.json").json()
+    asked = described["paths"]["/jobs"]["post"]
+    assert set(asked["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+    kinds = [
+        form["properties"]["kind"]["const"]
+        for form in asked["requestBody"]["content"]["application/json"]["schema"]["oneOf"]
+    ]
+    assert kinds == ["index", "copies", "duplicates"]
+    schemes = described["components"]["securitySchemes"]
+    assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
+    for path, operations in described["paths"].items():
+        assert all(operation["security"] for operation in operations.values()), path
+
+
 @pytest.mark.parametrize(
     ("kind", "owner", "silent_s", "attempts", "status"),
     [("index", "elsewhere/1/1.00/a", 10, 1, "running"), ("index", "elsewhere/1/1.00/a", 70, 1, "queued"),

@@ -2,21 +2,19 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from dino_search.api.json_logs import request_id
 from dino_search.api.middleware import API_POLICY, DOCS_POLICY, PAGE_POLICY, MiddlewareOptions, add_middleware
+from live_servers import serving, talk
 
 MAX_BYTES = 10_000
 TIMEOUT_S = 0.5
@@ -71,23 +69,6 @@ def make_app(**options: Any) -> FastAPI:
 
     add_middleware(app, MiddlewareOptions(max_body_bytes=MAX_BYTES, body_timeout_s=TIMEOUT_S, **options))
     return app
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[int]:
-    """The app in a real server on loopback; its port."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield int(listening.getsockname()[1])
-        finally:
-            server.should_exit = True
-            thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -236,18 +217,6 @@ def test_a_body_that_is_too_large_by_its_header_is_not_waited_for(port: int) -> 
 
 
 # --- slow clients
-
-
-def talk(port: int, *parts: bytes, pause_s: float = 0.0) -> bytes:
-    """What the server answers to these bytes, up to the end of the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        for number, part in enumerate(parts):
-            time.sleep(pause_s if number else 0)
-            connection.sendall(part)
-        answer = b""
-        while received := connection.recv(65536):
-            answer += received
-        return answer
 
 
 def test_a_body_that_does_not_arrive_ends_with_a_problem_and_the_connection(port: int) -> None:

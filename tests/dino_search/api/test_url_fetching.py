@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+import requirements
 from dino_index.errors import FetchError, FetchFailed, FetchRefused
 from dino_search.api.url_fetching import FetchOptions, UrlFetcher, is_public
 
@@ -240,6 +245,45 @@ def test_hosts_that_do_not_answer_fail(port: int) -> None:
 def test_another_address_is_tried_where_one_does_not_answer(port: int) -> None:
     several = {"pictures.test": ["127.0.0.99 127.0.0.1"]}
     assert fetch(f"http://pictures.test:{port}/picture", port, addresses=several) == PICTURE
+
+
+def test_tls_asks_for_the_name_and_believes_no_other(tmp_path: Path) -> None:
+    requirements.require(shutil.which("openssl"), "needs openssl, to make certificates")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=pictures.test"
+    names = ["-addext", "subjectAltName=DNS:pictures.test"]
+    subprocess.run([*make.split(), *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    asked_for: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.sni_callback = lambda _socket, name, _context: asked_for.append(name)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    trusting = ssl.create_default_context(cafile=certificate)
+
+    async def resolve(_host: str, _port: int) -> Sequence[str]:
+        return ["127.0.0.1"]
+
+    def fetch_as(name: str, tls: ssl.SSLContext | None) -> bytes:
+        options = FetchOptions(enabled=True, hosts=["*.test:" + str(server.server_port)], timeout_s=5)
+        fetcher = UrlFetcher(options, tls=tls, resolve=resolve, allow_address=lambda address: True)
+        return asyncio.run(fetcher.fetch(f"https://{name}:{server.server_port}/picture"))
+
+    Pages.asked = []
+    try:
+        assert fetch_as("pictures.test", trusting) == PICTURE
+        for name, tls in (("other.test", trusting), ("pictures.test", None)):
+            with pytest.raises(FetchFailed):
+                fetch_as(name, tls)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert asked_for == ["pictures.test", "other.test", "pictures.test"]
+    assert len(Pages.asked) == 1
 
 
 PRIVATE = [
