@@ -127,7 +127,7 @@ class JobRunner:
                 lost.append(job_of(row))
         for job in lost:
             logger.warning("job %d is %s: the service that ran it is gone", job.id, job.status)
-            self._jobs.clear_uploads(job)
+            self._jobs.tidy(job)
 
     def _is_gone(self, row: JobRow) -> bool:
         if row.owner == self.owner:
@@ -197,8 +197,9 @@ class JobRunner:
                 del self._running[job_id]
         for job in finished:
             logger.info("job %d is %s", job.id, job.status, extra={"facts": {"error": job.error_code}})
-            if job.kind == "copies" or job.status != "done":
-                self._jobs.clear_uploads(job)
+            self._jobs.tidy(job)
+        if finished:
+            self._jobs.forget_oldest()
 
     def _own_rows(self) -> Any:
         return _running_rows().where(JobRow.owner == self.owner, JobRow.id.in_(self._running))

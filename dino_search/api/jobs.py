@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +59,8 @@ class JobOptions:
     max_bytes: int = DEFAULT_LIMITS.max_bytes
     stop_s: float = 20.0
     """How long a job that is asked to stop may take before its process is killed."""
+    max_ended: int = 1000
+    """Jobs that have ended and are kept, with their reports; older ones are forgotten."""
     gone_after_s: float = 60.0
     """A process on another machine that has not been heard of for so long is gone."""
     poll_s: float = 1.0
@@ -220,7 +223,7 @@ class Jobs:
                 end(row, "cancelled")
             job = job_of(row)
         if job.status == "cancelled":
-            self.clear_uploads(job)
+            self.tidy(job)
         self.on_change()
         return job
 
@@ -252,8 +255,30 @@ class Jobs:
                 found |= dict(rows.all())
         return found
 
-    def clear_uploads(self, job: Job) -> None:
-        """Deletes the pictures sent along with a job that has ended, unless images of a collection are among them."""
+    def forget_oldest(self) -> None:
+        """Deletes ended jobs beyond those that are kept. Raises CatalogErrors."""
+        catalog = self.door.catalog()
+        if catalog is None:
+            return
+        ended = select(JobRow.id).where(JobRow.status.not_in(GOING_ON)).order_by(JobRow.id.desc())
+        with catalog.reading() as session:
+            old = session.scalars(ended.offset(self.options.max_ended)).all()
+        for job_id in old:
+            with suppress(JobNotFound):  # another service does the same
+                self.forget(job_id)
+
+    def tidy(self, job: Job) -> None:
+        """Deletes what an ended job leaves and nobody needs: parts of a report, pictures that were sent along with it.
+
+        Pictures stay where images of a collection are among them, and of an index job that is done.
+        """
+        token = job.request.get("report") or "none"
+        for partial in report_folder(self.home, token).parent.glob(f".{token}.*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        if job.kind == "copies" or job.status != "done":
+            self._clear_uploads(job)
+
+    def _clear_uploads(self, job: Job) -> None:
         token = job.request.get("uploads")
         if token is None:
             return

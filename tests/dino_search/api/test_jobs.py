@@ -40,6 +40,7 @@ from dino_search.api.job_requests import JOB_REQUEST
 from dino_search.api.job_runner import JobRunner
 from dino_search.api.jobs import FILES, JobOptions, Jobs
 from dino_search.api.keys import ApiKeys
+from dino_search.api.middleware import MiddlewareOptions, add_middleware
 from dino_search.api.routes import jobs as routes
 from dino_search.collection import Collection
 from sample_collections import jpeg, write_pictures
@@ -56,6 +57,7 @@ def make_app(jobs: Jobs) -> FastAPI:
     app.state.jobs = jobs
     app.state.access = AccessControl(ApiKeys(jobs.home), cache_s=0)
     app.include_router(routes.router)
+    add_middleware(app, MiddlewareOptions())
 
     @app.exception_handler(DinoSearchError)
     async def problem(request: Request, error: DinoSearchError) -> JSONResponse:
@@ -327,6 +329,27 @@ def test_uploads_of_a_job_that_never_ran_are_deleted(idle: Service) -> None:
     assert len(list((idle.home / "uploads").glob("*/*"))) == 1
     idle.client.post("/jobs/1/cancel")
     assert not list((idle.home / "uploads").glob("*"))
+
+
+def test_the_oldest_jobs_that_have_ended_are_forgotten(tmp_path: Path) -> None:
+    with closing(Jobs(tmp_path / "home", options=JobOptions(max_ended=2))) as jobs:
+        with jobs.door.created_catalog().writing() as session:
+            for number, status in enumerate(["done", "queued", "failed", "running", "cancelled", "done"], 1):
+                session.add(JobRow(kind="copies", collection="a", status=status, request={"report": f"r{number}"}))
+        for number in range(1, 7):
+            (jobs.home / "jobs" / f"r{number}").mkdir(parents=True)
+        jobs.forget_oldest()
+        assert [job.id for job in jobs.listed()[0]] == [6, 5, 4, 2]
+        assert sorted(path.name for path in (jobs.home / "jobs").iterdir()) == ["r2", "r4", "r5", "r6"]
+
+
+def test_parts_of_reports_go_with_the_end_of_their_job(idle: Service) -> None:
+    job = idle.jobs.get(idle.ask(kind="index", folders=[str(idle.photos)]).json()["id"])
+    reports = idle.home / "jobs"
+    for name in (f".{job.request['report']}.0a1b2c3d.partial", ".another.0a1b2c3d.partial"):
+        (reports / name).mkdir(parents=True)
+    idle.jobs.cancel(job.id)
+    assert [path.name for path in reports.iterdir()] == [".another.0a1b2c3d.partial"]
 
 
 def test_jobs_ask_for_scopes_and_collections(idle: Service) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
 import threading
@@ -11,9 +13,10 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi_offline import FastAPIOffline
 
 from dino_search.api.json_logs import request_id
-from dino_search.api.middleware import API_POLICY, DOCS_POLICY, PAGE_POLICY, MiddlewareOptions, add_middleware
+from dino_search.api.middleware import API_POLICY, PAGE_POLICY, MiddlewareOptions, add_middleware, docs_policy
 from live_servers import serving, talk
 
 MAX_BYTES = 10_000
@@ -114,7 +117,7 @@ def test_any_other_request_id_is_replaced(client: httpx.Client, given: str) -> N
 @pytest.mark.parametrize(
     ("path", "policy"),
     [("/id", API_POLICY), ("/missing", API_POLICY), ("/broken", API_POLICY), ("/", PAGE_POLICY),
-     ("/web/a.js", PAGE_POLICY), ("/docs", DOCS_POLICY), ("/own", "sandbox")],
+     ("/web/a.js", PAGE_POLICY), ("/docs", docs_policy(b"")), ("/own", "sandbox")],
 )  # fmt: skip
 def test_every_answer_has_a_content_policy_and_the_other_headers(client: httpx.Client, path: str, policy: str) -> None:
     headers = client.get(path).headers
@@ -122,6 +125,17 @@ def test_every_answer_has_a_content_policy_and_the_other_headers(client: httpx.C
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_pages_of_the_documentation_run_the_scripts_that_are_in_them_and_no_others() -> None:
+    app = FastAPIOffline()
+    add_middleware(app, MiddlewareOptions())
+    with serving(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        answer = client.get("/docs")
+        assert client.get("/static-offline-docs/swagger-ui.css").status_code == 200
+    inline = answer.text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    assert f"script-src 'self' 'sha256-{digest}';" in answer.headers["content-security-policy"]
 
 
 def test_no_page_may_run_scripts_that_are_written_into_it() -> None:
