@@ -16,11 +16,12 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, JobRow, SourceRow
-from dino_index.catalog.portable_paths import encode_path
-from dino_index.collections import find_collection
+from dino_index.catalog import Catalog, ImageRow, JobRow, SourceRow
+from dino_index.catalog.portable_paths import decode_path
+from dino_index.collections import find_collection, relative_path
 from dino_index.errors import CollectionNotFound, JobConflict, JobNotFound, TooManyJobs, UploadRefused
 from dino_index.image_bytes import DEFAULT_LIMITS
+from dino_index.image_paths import is_below
 from dino_search import copy_report, duplicate_report
 from dino_search.api.catalog_door import CatalogDoor
 from dino_search.api.job_folders import Upload, allowed_folder, report_folder, save_uploads, uploads_folder
@@ -288,8 +289,7 @@ class Jobs:
             if catalog is None:
                 return
             with catalog.reading() as session:
-                covered = SourceRow.path.startswith(encode_path(str(folder)), autoescape=True)
-                if session.scalar(select(SourceRow.id).where(covered).limit(1)) is not None:
+                if _has_images_below(session, str(folder)):
                     return
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -312,6 +312,20 @@ class Jobs:
         if catalog is None:
             raise _not_found(job_id)
         return catalog
+
+
+def _has_images_below(session: Session, folder: str) -> bool:
+    """Whether any collection knows an image in a folder: of a source of its own, or of one that holds it."""
+    for source_id, portable in session.execute(select(SourceRow.id, SourceRow.path)).all():
+        source = decode_path(portable)
+        wanted = select(ImageRow.id).where(ImageRow.source_id == source_id).limit(1)
+        if is_below(folder, source) and folder != source:
+            wanted = wanted.where(ImageRow.path.startswith(f"{relative_path(folder, source)}/", autoescape=True))
+        elif not is_below(source, folder):
+            continue
+        if session.scalar(wanted) is not None:
+            return True
+    return False
 
 
 def job_of(row: JobRow) -> Job:

@@ -33,8 +33,9 @@ from dino_index.catalog import (
     storage_errors,
 )
 from dino_index.catalog.portable_paths import decode_path, encode_path
-from dino_index.collections import CollectionInfo, find_collection, join_path
+from dino_index.collections import CollectionInfo, find_collection, join_path, relative_path
 from dino_index.copy_settings import drop_whitenings
+from dino_index.image_paths import is_below
 from dino_index.recording import remove_images
 from dino_index.snapshots import snapshot_folder, write_snapshot
 from dino_index.verdicts import drop_verdicts
@@ -165,14 +166,17 @@ def _delete_uploads(catalog: Catalog, image_ids: Sequence[int], paths: Iterable[
     uploads = {path for path in paths if path.startswith(folder)}
     if not uploads:
         return 0
-    chosen = set(image_ids)
+    chosen, others = set(image_ids), set()
     with catalog.reading() as session:
-        named = session.execute(
-            select(ImageRow.id, SourceRow.path, ImageRow.path)
-            .join(SourceRow, SourceRow.id == ImageRow.source_id)
-            .where(SourceRow.path.startswith(encode_path(folder.rstrip(os.sep)), autoescape=True))
-        )
-        uploads -= {join_path(decode_path(source), name) for number, source, name in named if number not in chosen}
+        for source_id, portable in session.execute(select(SourceRow.id, SourceRow.path)).all():
+            source = decode_path(portable)
+            names = {relative_path(path, source): path for path in uploads if is_below(path, source)}
+            for part in bound_parts(sorted(names)):
+                named = select(ImageRow.id, ImageRow.path).where(
+                    ImageRow.source_id == source_id, ImageRow.path.in_(part)
+                )
+                others |= {names[name] for number, name in session.execute(named) if number not in chosen}
+    uploads -= others
     num_deleted = 0
     for path in uploads:
         with storage_errors(catalog.home), suppress(FileNotFoundError):

@@ -84,10 +84,6 @@ class JobPage(BaseModel):
     next_cursor: int | None = Field(description="`cursor` of the next page; null after the last.")
 
 
-def _ref(model: type[BaseModel]) -> dict[str, Any]:
-    return model.model_json_schema()
-
-
 _FORM_SCHEMA = {
     "type": "object",
     "description": "The fields of the JSON form, without folders, and the pictures.",
@@ -104,8 +100,9 @@ _REQUEST_BODY = {
         "content": {
             "application/json": {
                 "schema": {
-                    "oneOf": [_ref(IndexJobRequest), _ref(CopiesJobRequest), _ref(DuplicatesJobRequest)],
-                    "discriminator": {"propertyName": "kind"},
+                    "oneOf": [
+                        model.model_json_schema() for model in (IndexJobRequest, CopiesJobRequest, DuplicatesJobRequest)
+                    ]
                 }
             },
             "multipart/form-data": {"schema": _FORM_SCHEMA},

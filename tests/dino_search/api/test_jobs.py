@@ -21,8 +21,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
+from sqlalchemy import delete
 
-from dino_index.catalog import Catalog, JobRow
+from catalog_rows import an_image, fill
+from dino_index.catalog import Catalog, ImageRow, JobRow, SourceRow
 from dino_index.errors import (
     CollectionNotFound,
     DinoSearchError,
@@ -350,6 +352,29 @@ def test_parts_of_reports_go_with_the_end_of_their_job(idle: Service) -> None:
         (reports / name).mkdir(parents=True)
     idle.jobs.cancel(job.id)
     assert [path.name for path in reports.iterdir()] == [".another.0a1b2c3d.partial"]
+
+
+@pytest.mark.parametrize("source", ["", "uploads", "uploads/{token}", "uploads/{token}/deep"])
+def test_uploads_stay_while_a_collection_has_an_image_of_them(idle: Service, source: str) -> None:
+    picture = {"images": ("a.jpg", jpeg(1), "image/jpeg")}
+    idle.client.post("/jobs", data={"kind": "index"}, files=picture)
+    catalog = idle.jobs.door.created_catalog()
+    fill(catalog, 0)
+    token = idle.jobs.get(1).request["uploads"]
+    folder = idle.home / "uploads" / token
+    place = idle.home / source.format(token=token)
+    below = os.path.relpath(folder / "deep", place) if "deep" not in source else "."
+    with catalog.writing() as session:
+        session.get_one(SourceRow, 1).path = str(place)
+        session.add(an_image(f"{below}/1-a.jpg"))
+        if "token" not in source:
+            session.add(an_image("another.jpg"))
+    idle.jobs.cancel(1)
+    assert folder.is_dir()
+    with catalog.writing() as session:
+        session.execute(delete(ImageRow).where(ImageRow.path.contains("1-a.jpg")))
+    idle.jobs.tidy(idle.jobs.get(1))
+    assert not folder.exists()
 
 
 def test_jobs_ask_for_scopes_and_collections(idle: Service) -> None:
