@@ -1,1 +1,1 @@
-"""The service: HTTP API and web page over the collections of a home."""
+"""The HTTP API: what `dino-search serve` runs. `app.create_app` puts it together."""

@@ -45,9 +45,6 @@ DinoSearchError
 │   ├── ExportIncomplete    written without what an import needs
 │   └── ExportDamaged       files are missing, changed, or disagree with the description
 ├── CalibrationImpossible   too few queries to tell what scores mean
-├── ActionError
-│   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
-│   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
 ├── AccessError
 │   ├── KeyRefused          no API key where one is needed, or one that is unknown, revoked or expired
 │   ├── ScopeMissing        an API key that does not allow this, or not in this collection
@@ -62,6 +59,9 @@ DinoSearchError
 │   ├── FolderRefused       a folder of the server that jobs may not read, or that leads out of those they may
 │   ├── UploadRefused       too many pictures for a job, or none
 │   └── TooManyJobs         as many jobs wait as may
+├── ActionError
+│   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
+│   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── VerdictFileError        a file of verdicts that cannot be read, or has rows of no use; none was recorded
 ├── OutputExists            a file that would be overwritten without --force
@@ -294,20 +294,6 @@ class CalibrationImpossible(DinoSearchError):
     code = "calibration_impossible"
 
 
-class ActionError(DinoSearchError):
-    """Files of duplicates that cannot be acted on as asked."""
-
-    code = "action"
-
-
-class ActionUnsupported(ActionError):
-    code = "action_unsupported"
-
-
-class ActionLogUnusable(ActionError):
-    code = "action_log_unusable"
-
-
 class AccessError(DinoSearchError):
     """A request to the service that its API key, or the lack of one, does not allow."""
 
@@ -386,6 +372,20 @@ class TooManyJobs(JobError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ActionError(DinoSearchError):
+    """Files of duplicates that cannot be acted on as asked."""
+
+    code = "action"
+
+
+class ActionUnsupported(ActionError):
+    code = "action_unsupported"
+
+
+class ActionLogUnusable(ActionError):
+    code = "action_log_unusable"
 
 
 class LabelFileError(DinoSearchError):

@@ -1,1 +1,1 @@
-"""The operations of the HTTP API, a module for each family."""
+"""The operations of the API, a module for each subject."""
