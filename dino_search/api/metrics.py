@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from starlette.routing import Route
@@ -26,6 +26,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._tracing = tracing or Tracing.off()
         registry = self.registry
+        ProcessCollector(registry=registry)
         self.requests = Counter(
             "dino_search_requests", "Requests that were answered.", ["operation", "status"], registry=registry
         )

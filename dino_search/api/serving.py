@@ -16,7 +16,9 @@ import uvicorn
 from dino_index.errors import SettingsInvalid
 from dino_search.api.app import create_app
 from dino_search.api.checking import has_keys
+from dino_search.api.connections import timed_connections
 from dino_search.api.engine import Engine
+from dino_search.api.json_logs import configure_logging, toggle_debug_on_signal
 from dino_search.api.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Server(uvicorn.Server):
 def run_service(settings: ServiceSettings) -> None:
     """Serves until the process is told to end."""
     require_safe_address(settings)
+    configure_logging(settings.log_level, settings.log_format)
+    toggle_debug_on_signal(settings.log_level)
     make_server(settings).run()
 
 
@@ -96,6 +100,8 @@ def make_server(settings: ServiceSettings, **options: Any) -> Server:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        http=timed_connections(settings.body_timeout_s),
+        log_config=None,
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,

@@ -48,6 +48,20 @@ DinoSearchError
 │   ├── ExportIncomplete    written without what an import needs
 │   └── ExportDamaged       files are missing, changed, or disagree with the description
 ├── CalibrationImpossible   too few queries to tell what scores mean
+├── AccessError
+│   ├── KeyRefused          no API key where one is needed, or one that is unknown, revoked or expired
+│   ├── ScopeMissing        an API key that does not allow this, or not in this collection
+│   ├── TooManyAttempts     keys of no use came too often from one client
+│   └── KeyNotFound         an API key, named by its id, that is not there
+├── FetchError
+│   ├── FetchRefused        a URL that pictures are not fetched from
+│   └── FetchFailed         a URL that gave no picture: no answer, another status, too slow, too large
+├── JobError
+│   ├── JobNotFound         no job has this id, or no file of it this name
+│   ├── JobConflict         a job in a state that does not allow what was asked
+│   ├── FolderRefused       a folder of the server that jobs may not read, or that leads out of those they may
+│   ├── UploadRefused       too many pictures for a job, or none
+│   └── TooManyJobs         as many jobs wait as may
 ├── ActionError
 │   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
 │   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
@@ -302,6 +316,86 @@ class ExportDamaged(ExchangeError):
 
 class CalibrationImpossible(DinoSearchError):
     code = "calibration_impossible"
+
+
+class AccessError(DinoSearchError):
+    """A request to the service that its API key, or the lack of one, does not allow."""
+
+    code = "access"
+
+
+class KeyRefused(AccessError):
+    code = "key_refused"
+
+
+class ScopeMissing(AccessError):
+    """scope: what is needed."""
+
+    code = "scope_missing"
+
+    def __init__(self, message: str, *, scope: str) -> None:
+        super().__init__(message)
+        self.scope = scope
+
+
+class TooManyAttempts(AccessError):
+    """retry_after_s: when to come again."""
+
+    code = "too_many_attempts"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class KeyNotFound(AccessError):
+    code = "key_not_found"
+
+
+class FetchError(DinoSearchError):
+    """A picture that was given by its URL and could not be fetched."""
+
+    code = "fetch"
+
+
+class FetchRefused(FetchError):
+    code = "fetch_refused"
+
+
+class FetchFailed(FetchError):
+    code = "fetch_failed"
+
+
+class JobError(DinoSearchError):
+    """Long work of the service that cannot be begun, looked at or ended as asked."""
+
+    code = "job"
+
+
+class JobNotFound(JobError):
+    code = "job_not_found"
+
+
+class JobConflict(JobError):
+    code = "job_conflict"
+
+
+class FolderRefused(JobError):
+    code = "folder_refused"
+
+
+class UploadRefused(JobError):
+    code = "upload_refused"
+
+
+class TooManyJobs(JobError):
+    """retry_after_s: when to come again."""
+
+    code = "too_many_jobs"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ActionError(DinoSearchError):
