@@ -105,6 +105,11 @@ def test_mounted_files_exist(services: dict[str, Any]) -> None:
     assert (photos["target"], photos["read_only"]) == ("/photos", True)
 
 
+def test_threads_are_as_many_as_processors(services: dict[str, Any]) -> None:
+    service = services["dino-search"]
+    assert service["environment"]["OMP_NUM_THREADS"] == service["deploy"]["resources"]["limits"]["cpus"]
+
+
 def test_requests_may_end_before_the_container_is_killed(services: dict[str, Any]) -> None:
     service = services["dino-search"]
     assert seconds(service["stop_grace_period"]) > seconds(service["environment"]["DINO_SEARCH_DRAIN_S"])

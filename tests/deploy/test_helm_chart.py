@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "database": {"url": "postgresql://me:secret@db/catalog"},
         "persistence": {"enabled": False},
         "photos": {"existingClaim": "photos"},
-        "settings": {"keys": "off"},
+        "settings": {"keys": "off", "allow_public_without_keys": True},
     },
 }
 
@@ -61,7 +61,7 @@ def test_templates_and_values_name_the_same_things() -> None:
     values = read_yaml("helm", "dino-search", "values.yaml")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((CHART / "templates").iterdir()))
     used = set(re.findall(r"\.Values\.([A-Za-z]+(?:\.[A-Za-z]+)?)", text))
-    free = {"settings.drain_s", "settings.drain", "settings.keys"}
+    free = {path for path in used if path.startswith("settings.")}
     for path in used - free:
         top, _, rest = path.partition(".")
         assert top in values, path
@@ -120,6 +120,13 @@ def test_settings_become_variables_as_they_were_written() -> None:
     assert variables["DINO_SEARCH_KEYS"] == "required"
 
 
+def test_threads_are_as_many_as_processors() -> None:
+    sources = {one["name"]: one.get("valueFrom") for one in _pod({})["containers"][0]["env"]}
+    assert sources["OMP_NUM_THREADS"]["resourceFieldRef"]["resource"] == "limits.cpu"
+    unlimited = _pod({"resources": {"limits": {"cpu": None}}})["containers"][0]["env"]
+    assert "OMP_NUM_THREADS" not in {one["name"] for one in unlimited}
+
+
 def test_database_url_is_in_a_secret_only() -> None:
     objects = _render(CASES["trial"])
     holding = {one["kind"] for one in objects if "me:secret" in yaml.safe_dump(one)}
@@ -150,6 +157,7 @@ def test_one_replica_is_replaced_and_several_roll() -> None:
         ({**SHARED, "persistence": {"accessMode": "ReadWriteOnce"}}, "ReadWriteMany"),
         ({"database": {"existingSecret": "a", "url": "postgresql://b"}}, "not both"),
         ({"settings": {"port": 9000}}, "settings.port"),
+        ({"settings": {"keys": "off"}}, "allow_public_without_keys"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], advice: str) -> None:

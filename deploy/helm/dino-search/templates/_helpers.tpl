@@ -76,6 +76,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if and .Values.photos.existingClaim .Values.photos.volume }}
 {{- fail "photos: give existingClaim or volume, not both" }}
 {{- end }}
+{{- if and (eq (toString (default "auto" .Values.settings.keys)) "off") (ne (toString (default false .Values.settings.allow_public_without_keys)) "true") }}
+{{- fail "settings.keys off lets everybody who reaches the port do everything: set settings.allow_public_without_keys, too" }}
+{{- end }}
 {{- range $name := list "home" "database" "host" "port" }}
 {{- if hasKey $.Values.settings $name }}
 {{- fail (printf "settings.%s: the chart sets it" $name) }}
