@@ -46,6 +46,8 @@ async function problemOf(answer) {
   }
   const detail = said.detail || said.title || `The service answered ${answer.status} ${answer.statusText}`.trim();
   const code = String(said.type ?? "").replace("/problems/", "");
+  // What the service says then is for programs.
+  if (answer.status === 401 && !apiKey.get()) return new Problem("This service asks for an API key.", 401, code);
   return new Problem(said.reasons ? [detail, ...said.reasons].join("; ") : detail, answer.status, code);
 }
 
