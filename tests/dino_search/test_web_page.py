@@ -431,7 +431,7 @@ def test_a_key_is_asked_for_sent_and_kept_for_the_tab(
     home = tmp_path / "home"
     shutil.copytree(service.app.state.settings.home, home)
     _, key = ApiKeys(home).add("page", scope="read")
-    with running_service(home) as locked, browser.new_context(viewport=DESKTOP) as context:
+    with running_service(home) as locked, browser.new_context() as context:
         context.set_default_timeout(15_000)
         page = context.new_page()
         page.goto(locked.url)
