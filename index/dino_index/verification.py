@@ -30,6 +30,7 @@ from torch import Tensor
 from dino_index import geometry
 from dino_index.alignment import agreement, blur_levels, refine
 from dino_index.geometry import Map, Polygon
+from dino_index.matrix_products import product
 
 VERIFIED_SCORE = 0.7
 """Score from which on patches and pixels are taken to show the same."""
@@ -213,17 +214,18 @@ def _proposed_maps(
     maps_T23 = maps_T23[_is_plausible(maps_T23, query.aspect, reference.aspect)]
     tolerance = _tolerance(reference)
     follows_TM = _follows(maps_T23, query_M2, reference_M2, tolerance)
-    chosen: list[Map] = []
-    taken: list[NDArray[np.bool_]] = []
-    for number in np.argsort(-follows_TM.sum(axis=1), kind="stable")[:_MAX_LOOKED_AT]:
-        follows_M = follows_TM[number]
-        if any((follows_M & other_M).sum() > _SAME_INLIERS * follows_M.sum() for other_M in taken):
-            continue
-        taken.append(follows_M)
-        chosen.append(_fitted(maps_T23[number], follows_M, query, reference, query_M2, reference_M2))
-        if len(chosen) == _MAX_TRIED:
-            break
-    return chosen
+    best_T = np.argsort(-follows_TM.sum(axis=1), kind="stable")[:_MAX_LOOKED_AT]
+    maps_T23, follows_TM = maps_T23[best_T], follows_TM[best_T]
+    shared_TT = product(follows_TM.astype(np.float32), follows_TM.T.astype(np.float32))
+    chosen: list[int] = []
+    for number, shared_T in enumerate(shared_TT):
+        if not (shared_T[chosen] > _SAME_INLIERS * shared_T[number]).any():
+            chosen.append(number)
+            if len(chosen) == _MAX_TRIED:
+                break
+    return [
+        _fitted(maps_T23[number], follows_TM[number], query, reference, query_M2, reference_M2) for number in chosen
+    ]
 
 
 def _maps_of_two_matches(
