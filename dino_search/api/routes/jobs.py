@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
@@ -20,8 +20,9 @@ from dino_search.api.job_requests import (
     IndexJobRequest,
     JobRequest,
 )
-from dino_search.api.jobs import Job, Jobs, JobStatus
+from dino_search.api.jobs import Job, Jobs
 from dino_search.api.problems import documented
+from dino_search.api.schemas import JobDetails, JobPage, JobStatus
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -34,56 +35,6 @@ _MEDIA_TYPES = {
 }  # fmt: skip
 
 JobId = Annotated[int, Path(ge=1, le=2**63 - 1)]
-
-
-class JobProgress(BaseModel):
-    done: int
-    total: int | None = Field(description="Null until it is known. Of duplicates, both are percent.")
-    failed: int = Field(description="Files that could not be read.")
-
-
-class JobFailure(BaseModel):
-    path: str
-    code: str
-    message: str
-
-
-class JobErrorFacts(BaseModel):
-    code: str
-    message: str
-
-
-class JobFile(BaseModel):
-    name: str
-    url: str
-
-
-class JobSummary(BaseModel):
-    """A job without the files that could not be read."""
-
-    id: int
-    kind: Literal["index", "copies", "duplicates"]
-    collection: str
-    status: JobStatus
-    cancel_asked: bool
-    request: dict[str, Any]
-    progress: JobProgress
-    result: dict[str, Any] | None = Field(description="What the command's --json counts; null until it is done.")
-    error: JobErrorFacts | None = Field(description="Why it failed.")
-    files: list[JobFile] = Field(description="Its report.")
-    created_at: str
-    started_at: str | None
-    ended_at: str | None
-
-
-class JobDetails(JobSummary):
-    failures: list[JobFailure] = Field(description="The first 1000 files that could not be read.")
-
-
-class JobPage(BaseModel):
-    jobs: list[JobSummary]
-    next_cursor: int | None = Field(description="`cursor` of the next page; null after the last.")
-
 
 _FORM_SCHEMA = {
     "type": "object",
@@ -208,7 +159,7 @@ def _parsed(fields: dict[str, Any]) -> JobRequest:
 def _parsed_json(body: bytes) -> JobRequest:
     """Raises RequestValidationError."""
     try:
-        return JOB_REQUEST.validate_json(body)
+        return JOB_REQUEST.validate_json(body, strict=True)
     except ValidationError as error:
         raise _in_body(error) from error
 

@@ -228,7 +228,8 @@ def test_a_job_that_cannot_be_done_says_why(service: Service, tmp_path_factory: 
      {"kind": "copies", "folders": ["/a"], "target_precision": 1}, {"kind": "index", "folders": ["/a"],
      "collection": ""},
      {"kind": "index", "folders": ["/a"], "labels": "/etc/passwd"}, {"kind": "index", "folders": ["/a"],
-     "exclude": [""]}, [], "a"],
+     "exclude": [""]}, {"kind": "copies", "folders": ["/a"], "k": True},
+     {"kind": "index", "folders": ["/a"], "prune": 1}, [], "a"],
     ids=repr,
 )  # fmt: skip
 def test_requests_of_no_use_are_refused(idle: Service, request_body: Any) -> None:
