@@ -56,14 +56,15 @@ class Operation(NamedTuple):
     def _body(self, collection: str) -> dict[str, Any]:
         """A body that is good, and names the collection where it can."""
         pair = {"decision": "copy", "query_id": 1, "reference_id": 2}
-        body: dict[str, Any] = {
+        special: dict[str, dict[str, Any]] = {
             "/verdicts": {"verdicts": [pair]},
             "/collections": {},
             "/collections/{collection}/images": {"pictures": [{"image_base64": base64.b64encode(jpeg(1)).decode()}]},
             "/compare": {"a": {"image_id": 1}, "b": {"image_id": 2}, "copy_score": 0.9},
             "/search/batch": {"queries": [{"image_id": 1}]},
             "/jobs": {"kind": "duplicates"},
-        }.get(self.path, {"image_id": 1})
+        }
+        body = special.get(self.path, {"image_id": 1})
         return body if "{collection}" in self.path or self.path == "/verdicts" else body | {"collection": collection}
 
 
@@ -147,7 +148,7 @@ def test_the_rest_needs_no_key(locked: RunningService) -> None:
 def test_every_operation_that_changes_something_refuses_a_key_that_may_only_read(
     locked: RunningService, keys: ApiKeys
 ) -> None:
-    reader, writer = (bearer(keys.add(scope, scope=scope)[1]) for scope in ("read", "write"))  # type: ignore[arg-type]
+    reader, writer = (bearer(keys.add(scope, scope=scope)[1]) for scope in ("read", "write"))
     wait_for_keys()
     # What posts a question changes nothing.
     asks = {"/search", "/search/batch", "/classify", "/embed", "/attention", "/copies", "/compare"}
@@ -216,7 +217,7 @@ def test_a_key_decides_about_pictures_of_its_collections_only(
 def spots_of_pictures(schema: dict[str, Any]) -> list[tuple[str, ...]]:
     """Where in a JSON body a picture may be, as the path to its `image_base64`; () for a place in a list."""
     properties = schema.get("properties", {})
-    spots = [("image_base64",)] if "image_base64" in properties else []
+    spots: list[tuple[str, ...]] = [("image_base64",)] if "image_base64" in properties else []
     for name, field in properties.items():
         inner = field.get("items", {}) if field.get("type") == "array" else field
         spots += [(name, *spot) for spot in spots_of_pictures(inner)]

@@ -76,10 +76,11 @@ def fetching(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, port: i
 
 
 def body_of(operation: str, url: str) -> dict[str, Any]:
-    return {
+    special: dict[str, dict[str, Any]] = {
         "/search/batch": {"queries": [{"image_url": url}]},
         "/compare": {"a": {"image_id": 1}, "b": {"image_url": url}, "copy_score": 0.9},
-    }.get(operation, {"image_url": url})
+    }
+    return special.get(operation, {"image_url": url})
 
 
 def test_all_operations_with_urls_are_tried_here(fetching: RunningService) -> None:
