@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import CollectionRow, ImageRow, SourceRow, bound_parts
 from dino_index.collection_removal import remove_collection
 from dino_index.collections import CollectionInfo, count_images, create_collection, find_collection
-from dino_index.errors import CollectionExists, CollectionNotFound, RequestInvalid
+from dino_index.errors import CollectionExists, CollectionNotFound, ImageNotFound, RequestInvalid
 from dino_index.filters import matching_ids, parse_filter
 from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model, stored_path
 from dino_index.model_store import default_model, resolve_default
@@ -128,6 +128,14 @@ def images(session: Session, name: str, cursor: int, limit: int, filters: Sequen
         "images": facts,
         "next_cursor": shown[-1] if len(ids) > limit else None,
     }
+
+
+def image(session: Session, name: str, image_id: int) -> dict[str, Any]:
+    """One image of a collection. Raises CollectionNotFound, ImageNotFound."""
+    found: list[dict[str, Any]] = images(session, name, image_id - 1, 1, ())["images"]
+    if not found or found[0]["image_id"] != image_id:
+        raise ImageNotFound(f"expected the id of an image in {name!r}, found {image_id}")
+    return found[0]
 
 
 def _facts(row: ImageRow, source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -27,8 +27,8 @@ from dino_search.api.catalog_door import CatalogDoor
 from dino_search.api.job_folders import Upload, allowed_folder, report_folder, save_uploads, uploads_folder
 from dino_search.api.job_requests import DuplicatesJobRequest, JobRequest
 from dino_search.api.json_logs import LogFormat
+from dino_search.api.schemas import JobStatus
 
-JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 STATUSES: tuple[JobStatus, ...] = ("queued", "running", "done", "failed", "cancelled")
 GOING_ON = ("queued", "running")
 

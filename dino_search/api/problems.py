@@ -37,9 +37,9 @@ STATUS_BY_CODE: dict[str, int] = {
     "attention_unavailable": 409,
     "catalog": 503, "catalog_unavailable": 503, "catalog_damaged": 503, "database_away": 503, "catalog_too_new": 503,
     "catalog_not_empty": 409, "backup_unusable": 422, "storage_full": 503,
-    "collection": 422, "collection_not_found": 404, "collection_empty": 409, "collection_exists": 409,
-    "reindex_refused": 409, "no_labels": 409, "image_not_found": 404, "index_type_invalid": 422,
-    "too_little_memory": 503,
+    "collection": 422, "collection_not_found": 404, "verdict_not_found": 404, "collection_empty": 409,
+    "collection_exists": 409, "reindex_refused": 409, "no_labels": 409, "image_not_found": 404,
+    "index_type_invalid": 422, "too_little_memory": 503,
     "source": 422, "source_not_found": 404, "no_images_found": 422, "prune_refused": 409, "manifest": 422,
     "backend_missing": 422, "relocation_refused": 409,
     "filter": 422,
@@ -54,6 +54,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "too_many_jobs": 429,
     "service": 500, "settings_invalid": 500, "request_invalid": 422, "media_type_refused": 415, "fetching_off": 403,
     "too_many_requests": 429, "server_full": 503, "request_timed_out": 503, "not_ready": 503,
+    "service_unreachable": 500, "service_problem": 500,
     "label_file": 422, "verdict_file": 422, "output_exists": 409, "output_unwritable": 503,
 }  # fmt: skip
 

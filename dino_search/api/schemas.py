@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _MAX_ID = 2**63 - 1
 
 
 class Given(BaseModel):
-    """A request: unknown fields are errors."""
+    """A request: unknown fields are errors. Numbers may come as texts, which is all that forms have."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any) -> Any:
+        # No field is one; pydantic takes true for 1.
+        if isinstance(value, bool) or (isinstance(value, list) and any(isinstance(each, bool) for each in value)):
+            raise ValueError("expected no true or false")
+        return value
 
 
 class Answer(BaseModel):
@@ -23,8 +32,23 @@ class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, from_attributes=True)
 
 
-Absent = SkipJsonSchema[None]
-"""A field that may be left out; null means the same, and is not documented."""
+class _LeftOut:
+    """Of a field that may be left out: null is no value of it."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        kinds: list[JsonSchemaValue] = handler(core)["anyOf"]
+        return next(kind for kind in kinds if kind != {"type": "null"})
+
+
+def _no_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("expected a value or no such field, found null")
+    return value
+
+
+T = TypeVar("T")
+MayBeLeftOut = Annotated[T | None, BeforeValidator(_no_null), _LeftOut()]
+"""A field that may be left out, and is None then."""
 
 ImageId = Annotated[int, Field(ge=1, le=_MAX_ID)]
 # A form that has the field once gives a text, and more than once a list.
@@ -42,11 +66,11 @@ class PixelsGiven(Given):
 
     model_config = ConfigDict(json_schema_extra=_exactly_one("image_base64", "image_id", "image_url"))
 
-    image_base64: str | Absent = None
+    image_base64: MayBeLeftOut[str] = None
     """A picture file's bytes in base64."""
-    image_id: ImageId | Absent = None
+    image_id: MayBeLeftOut[ImageId] = None
     """An image of the collection."""
-    image_url: Annotated[str, Field(max_length=2048)] | Absent = None
+    image_url: MayBeLeftOut[Annotated[str, Field(max_length=2048)]] = None
     """Where the picture can be fetched; only where fetching is switched on."""
 
 
@@ -55,7 +79,7 @@ class PictureGiven(PixelsGiven):
 
     model_config = ConfigDict(json_schema_extra=_exactly_one("image_base64", "image_id", "embedding", "image_url"))
 
-    embedding: Annotated[list[float], Field(min_length=1, max_length=16384)] | Absent = None
+    embedding: MayBeLeftOut[Annotated[list[float], Field(min_length=1, max_length=16384)]] = None
     """A vector of the collection's model, of any length but zero."""
 
 
@@ -166,18 +190,23 @@ class UploadRequest(UploadFields):
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 
 
-class VerdictGiven(Given):
-    """A decision on a pair; each picture by the sha256 of its bytes, or as an image by its id."""
+class PairGiven(Given):
+    """Two pictures, each by the sha256 of its bytes, or as an image by its id."""
 
     model_config = ConfigDict(
         json_schema_extra={"allOf": [_exactly_one(f"{name}_sha256", f"{name}_id") for name in ("query", "reference")]}
     )
 
+    query_sha256: MayBeLeftOut[Sha256] = None
+    query_id: MayBeLeftOut[ImageId] = None
+    reference_sha256: MayBeLeftOut[Sha256] = None
+    reference_id: MayBeLeftOut[ImageId] = None
+
+
+class VerdictGiven(PairGiven):
+    """A decision on a pair."""
+
     decision: Literal["copy", "not_copy"]
-    query_sha256: Sha256 | Absent = None
-    query_id: ImageId | Absent = None
-    reference_sha256: Sha256 | Absent = None
-    reference_id: ImageId | Absent = None
     note: Annotated[str, Field(max_length=10_000)] = ""
 
 
@@ -440,3 +469,62 @@ class VerdictCounts(Answer):
     added: int
     changed: int
     unchanged: int
+
+
+JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+class JobProgress(Answer):
+    done: int
+    total: int | None
+    """Null until it is known. Of duplicates, both are percent."""
+    failed: int
+    """Files that could not be read."""
+
+
+class JobFailure(Answer):
+    path: str
+    code: str
+    message: str
+
+
+class JobErrorFacts(Answer):
+    code: str
+    message: str
+
+
+class JobFile(Answer):
+    name: str
+    url: str
+
+
+class JobSummary(Answer):
+    """A job without the files that could not be read."""
+
+    id: int
+    kind: Literal["index", "copies", "duplicates"]
+    collection: str
+    status: JobStatus
+    cancel_asked: bool
+    request: dict[str, Any]
+    progress: JobProgress
+    result: dict[str, Any] | None
+    """What the command's --json counts; null until it is done."""
+    error: JobErrorFacts | None
+    """Why it failed."""
+    files: list[JobFile]
+    """Its report."""
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+
+
+class JobDetails(JobSummary):
+    failures: list[JobFailure]
+    """The first 1000 files that could not be read."""
+
+
+class JobPage(Answer):
+    jobs: list[JobSummary]
+    next_cursor: int | None
+    """`cursor` of the next page; null after the last."""

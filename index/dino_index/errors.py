@@ -26,6 +26,7 @@ DinoSearchError
 │   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
 │   ├── NoLabels            classification without labelled images
 │   ├── ImageNotFound       no image of this id in the collection
+│   ├── VerdictNotFound     nobody has decided about this pair
 │   ├── IndexTypeInvalid    neither a named index type nor a FAISS factory string
 │   └── TooLittleMemory     an index that would not fit into memory
 ├── SourceError
@@ -73,7 +74,9 @@ DinoSearchError
 │   ├── TooManyRequests     one client has more requests waiting than its share
 │   ├── ServerFull          as many requests wait as may
 │   ├── RequestTimedOut     a request that took longer than allowed
-│   └── NotReady            the service is starting, or about to end
+│   ├── NotReady            the service is starting, or about to end
+│   ├── ServiceUnreachable  a service that the client cannot talk to
+│   └── ServiceProblem      what the client was answered instead of what it asked for; `code` is the service's
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── VerdictFileError        a file of verdicts that cannot be read, or has rows of no use; none was recorded
 ├── OutputExists            a file that would be overwritten without --force
@@ -84,13 +87,14 @@ Each message says what was expected, what was found and what to do; each class h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
 class DinoSearchError(Exception):
     """Root of all expected failures: one line for a person, a stable `code` for a machine."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
 
 
 class ImageError(DinoSearchError):
@@ -222,6 +226,10 @@ class NoLabels(CollectionError):
 
 class ImageNotFound(CollectionError):
     code = "image_not_found"
+
+
+class VerdictNotFound(CollectionError):
+    code = "verdict_not_found"
 
 
 class IndexTypeInvalid(CollectionError):
@@ -465,6 +473,39 @@ class NotReady(ServiceError):
 
     def __init__(self, *reasons: str) -> None:
         super().__init__("; ".join(reasons))
+        self.reasons = list(reasons)
+
+
+class ServiceUnreachable(ServiceError):
+    code = "service_unreachable"
+
+
+class ServiceProblem(ServiceError):
+    """What the client was answered instead of what it asked for.
+
+    code: of the error that the service met, such as `collection_not_found`, or `image_` and the reason of an
+    ImageError; `http_STATUS` where something else than dino-search answered. status: of HTTP. request_id: in the
+    service's log. retry_after_s: when it may be worth trying again. reasons: why the service is not ready, each a line.
+    """
+
+    code = "service_problem"
+
+    def __init__(
+        self,
+        code: str,
+        status: int,
+        detail: str,
+        *,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+        reasons: Sequence[str] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.status = status
+        self.detail = detail
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
         self.reasons = list(reasons)
 
 

@@ -19,6 +19,7 @@ from dino_search.api.schemas import (
     CollectionRequest,
     Collections,
     CollectionSummary,
+    ImageFacts,
     Images,
     UploadFields,
     UploadRequest,
@@ -138,6 +139,18 @@ async def add_images(request: Request, collection: CollectionInPath) -> Any:
         "collection": info.name, "added": counts["added"], "skipped": counts["skipped"], "failed": counts["failed"],
         "images": images,
     }  # fmt: skip
+
+
+@router.get(
+    "/collections/{collection}/images/{image_id}",
+    response_model=ImageFacts,
+    responses=documented(404),
+    dependencies=[Read],
+)
+async def show_image(request: Request, collection: CollectionInPath, image_id: ImageIdInPath) -> Any:
+    """One image of a collection."""
+    engine = engine_of(request)
+    return await engine.in_catalog_thread(engine.read, lambda session: cataloguing.image(session, collection, image_id))
 
 
 @router.delete(

@@ -1,4 +1,4 @@
-"""`PUT /verdicts` and `GET /verdicts`."""
+"""`/verdicts`: what people decided about pairs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.errors import CollectionNotFound, RequestInvalid
-from dino_index.verdicts import RecordedVerdict, ordered_pair, record_verdicts
-from dino_search.api.access import Read, Write, require_collection
+from dino_index.catalog import CollectionRow, ImageRow
+from dino_index.errors import CollectionNotFound, RequestInvalid, ScopeMissing, VerdictNotFound
+from dino_index.verdicts import RecordedVerdict, forget_verdict, ordered_pair, record_verdicts
+from dino_search.api.access import Read, Write, current_key, require_collection
 from dino_search.api.engine import image_file
 from dino_search.api.problems import documented
 from dino_search.api.requests import engine_of
-from dino_search.api.schemas import VerdictCounts, VerdictGiven, Verdicts, VerdictsRequest
+from dino_search.api.schemas import PairGiven, VerdictCounts, Verdicts, VerdictsRequest
 from dino_search.verdicts import listed_verdicts
 
 router = APIRouter(tags=["verdicts"])
@@ -49,12 +52,16 @@ async def list_verdicts(
     cursor: Annotated[int, Query(ge=0, le=2**31, description="How many to leave out.")] = 0,
     limit: Annotated[int, Query(ge=1, le=MAX_VERDICTS)] = 100,
 ) -> Any:
-    """Decisions, oldest first."""
+    """Decisions, oldest first. A key that is for some collections has to name one."""
     engine = engine_of(request)
-    if collection is not None:
-        require_collection(collection)
+    key = current_key()
+    told = None if key is None else key.collections
+    if collection is None and told is not None:
+        raise ScopeMissing(f"this key is not for all collections; name one: {', '.join(told)}", scope="read")
     try:
-        found = await engine.in_catalog_thread(engine.read, lambda session: listed_verdicts(session, collection))
+        found = await engine.in_catalog_thread(
+            engine.read, lambda session: listed_verdicts(session, collection, told=told)
+        )
     except CollectionNotFound:
         if collection is not None:
             raise
@@ -66,8 +73,21 @@ async def list_verdicts(
     }
 
 
-def _pair_of(session: Session, given: VerdictGiven) -> tuple[bytes, bytes]:
-    """Raises RequestInvalid, ImageNotFound."""
+@router.delete("/verdicts", status_code=204, responses=documented(404, 409), dependencies=[Write])
+async def delete_verdict(request: Request, pair: Annotated[PairGiven, Query()]) -> Response:
+    """Takes back the decision on a pair."""
+
+    def forget(session: Session) -> None:
+        if not forget_verdict(session, _pair_of(session, pair)):
+            raise VerdictNotFound("expected a pair that somebody decided about; GET /verdicts lists them")
+
+    engine = engine_of(request)
+    await engine.in_catalog_thread(engine.write, forget)
+    return Response(status_code=204)
+
+
+def _pair_of(session: Session, given: PairGiven) -> tuple[bytes, bytes]:
+    """Raises RequestInvalid, ImageNotFound, ScopeMissing."""
     digests = []
     for name, sha256, image_id in (
         ("query", given.query_sha256, given.query_id),
@@ -83,4 +103,19 @@ def _pair_of(session: Session, given: VerdictGiven) -> tuple[bytes, bytes]:
             digests.append(bytes.fromhex(sha256 or ""))
     if digests[0] == digests[1]:
         raise RequestInvalid("verdicts: expected two different pictures, found one and the same twice")
+    _require_reached(session, digests)
     return ordered_pair(digests[0], digests[1])
+
+
+def _require_reached(session: Session, digests: list[bytes]) -> None:
+    """Raises ScopeMissing where the request's key is for collections of which none has either picture."""
+    key = current_key()
+    if key is None or key.collections is None:
+        return
+    reached = (
+        select(ImageRow.id)
+        .join(CollectionRow, CollectionRow.id == ImageRow.collection_id)
+        .where(ImageRow.sha256.in_(digests), CollectionRow.name.in_(key.collections))
+    )
+    if session.scalar(reached.limit(1)) is None:
+        raise ScopeMissing("this key is for collections that have neither of the two pictures", scope="write")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
@@ -20,14 +20,15 @@ from dino_search.api.job_requests import (
     IndexJobRequest,
     JobRequest,
 )
-from dino_search.api.jobs import Job, Jobs, JobStatus
+from dino_search.api.jobs import Job, Jobs
 from dino_search.api.problems import documented
+from dino_search.api.schemas import JobDetails, JobPage, JobStatus
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _MAX_FORM_FIELDS = 200
 _LIST_FIELDS = ("exclude", "folders")
-_PICTURE_FIELDS = ("image", "images")
+_PICTURE_FIELD = "image"
 _MEDIA_TYPES = {
     ".csv": "text/csv; charset=utf-8", ".json": "application/json", ".html": "text/html; charset=utf-8",
     ".parquet": "application/vnd.apache.parquet",
@@ -35,64 +36,14 @@ _MEDIA_TYPES = {
 
 JobId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 
-
-class JobProgress(BaseModel):
-    done: int
-    total: int | None = Field(description="Null until it is known. Of duplicates, both are percent.")
-    failed: int = Field(description="Files that could not be read.")
-
-
-class JobFailure(BaseModel):
-    path: str
-    code: str
-    message: str
-
-
-class JobErrorFacts(BaseModel):
-    code: str
-    message: str
-
-
-class JobFile(BaseModel):
-    name: str
-    url: str
-
-
-class JobSummary(BaseModel):
-    """A job without the files that could not be read."""
-
-    id: int
-    kind: Literal["index", "copies", "duplicates"]
-    collection: str
-    status: JobStatus
-    cancel_asked: bool
-    request: dict[str, Any]
-    progress: JobProgress
-    result: dict[str, Any] | None = Field(description="What the command's --json counts; null until it is done.")
-    error: JobErrorFacts | None = Field(description="Why it failed.")
-    files: list[JobFile] = Field(description="Its report.")
-    created_at: str
-    started_at: str | None
-    ended_at: str | None
-
-
-class JobDetails(JobSummary):
-    failures: list[JobFailure] = Field(description="The first 1000 files that could not be read.")
-
-
-class JobPage(BaseModel):
-    jobs: list[JobSummary]
-    next_cursor: int | None = Field(description="`cursor` of the next page; null after the last.")
-
-
 _FORM_SCHEMA = {
     "type": "object",
     "description": "The fields of the JSON form, without folders, and the pictures.",
-    "required": ["kind", "images"],
+    "required": ["kind", _PICTURE_FIELD],
     "properties": {
         "kind": {"type": "string", "enum": ["index", "copies"]},
         "collection": {"type": "string", "default": "default"},
-        "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
+        _PICTURE_FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}},
     },
 }
 _REQUEST_BODY = {
@@ -208,7 +159,7 @@ def _parsed(fields: dict[str, Any]) -> JobRequest:
 def _parsed_json(body: bytes) -> JobRequest:
     """Raises RequestValidationError."""
     try:
-        return JOB_REQUEST.validate_json(body)
+        return JOB_REQUEST.validate_json(body, strict=True)
     except ValidationError as error:
         raise _in_body(error) from error
 
@@ -237,8 +188,8 @@ def _uploads_of(form: FormData) -> list[Upload]:
     uploads: list[Upload] = []
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            if name not in _PICTURE_FIELDS:
-                message = "expected pictures in the field images"
+            if name != _PICTURE_FIELD:
+                message = f"expected pictures in the field {_PICTURE_FIELD}, once for each"
                 raise RequestValidationError([{"type": "extra_forbidden", "loc": ("body", name), "msg": message}])
             uploads.append((value.filename or "", value.file))
     return uploads

@@ -36,3 +36,15 @@ def test_a_bad_file_is_a_problem_with_its_reason(
             wrong.append((path.name, reason, answer.status_code, answer.text[:200]))
     assert not wrong
     assert len(bad_files) > 20
+
+
+def test_no_operation_with_a_picture_is_left_out(service: RunningService) -> None:
+    """Of jobs, which look at pictures later, test_every_operation.py has a test."""
+    paths = service.http.get("/openapi.json").json()["paths"]
+    with_files = {
+        path.format(collection="default")
+        for path, operations in paths.items()
+        for operation in operations.values()
+        if "multipart/form-data" in operation.get("requestBody", {}).get("content", {})
+    }
+    assert with_files == {*_OPERATIONS, "/jobs"}

@@ -178,10 +178,8 @@ def test_a_duplicates_job_leaves_both_reports(service: Service, indexed: dict[st
 
 
 def test_pictures_that_are_sent_along_are_indexed_from_the_home(service: Service) -> None:
-    files = [
-        ("images", (name, jpeg(50 + number), "image/jpeg")) for number, name in enumerate(["a.jpg", "../../b.jpg"])
-    ]
-    files.append(("images", ("bad.jpg", b"no picture", "image/jpeg")))
+    files = [("image", (name, jpeg(50 + number), "image/jpeg")) for number, name in enumerate(["a.jpg", "../../b.jpg"])]
+    files.append(("image", ("bad.jpg", b"no picture", "image/jpeg")))
     answer = service.client.post("/jobs", data={"kind": "index", "collection": "sent"}, files=files)
     job = service.wait(answer)
     assert (job["status"], job["result"]["added"]) == ("done", 2)
@@ -198,7 +196,7 @@ def test_queries_that_are_sent_along_are_kept_no_longer_than_the_job(service: Se
     before = set((service.home / "uploads").glob("*"))
     picture = (service.photos / "cat" / "2.jpg").read_bytes()
     data = {"kind": "copies", "copy_score": "0.9", "k": "2", "verify": "0"}
-    job = service.wait(service.client.post("/jobs", data=data, files={"images": ("q.jpg", picture, "image/jpeg")}))
+    job = service.wait(service.client.post("/jobs", data=data, files={"image": ("q.jpg", picture, "image/jpeg")}))
     assert (job["status"], job["result"]["copy"]) == ("done", 1)
     assert set((service.home / "uploads").glob("*")) == before
 
@@ -228,7 +226,8 @@ def test_a_job_that_cannot_be_done_says_why(service: Service, tmp_path_factory: 
      {"kind": "copies", "folders": ["/a"], "target_precision": 1}, {"kind": "index", "folders": ["/a"],
      "collection": ""},
      {"kind": "index", "folders": ["/a"], "labels": "/etc/passwd"}, {"kind": "index", "folders": ["/a"],
-     "exclude": [""]}, [], "a"],
+     "exclude": [""]}, {"kind": "copies", "folders": ["/a"], "k": True},
+     {"kind": "index", "folders": ["/a"], "prune": 1}, [], "a"],
     ids=repr,
 )  # fmt: skip
 def test_requests_of_no_use_are_refused(idle: Service, request_body: Any) -> None:
@@ -247,7 +246,7 @@ def test_bodies_of_no_use_are_refused(idle: Service) -> None:
     assert idle.client.post("/jobs", content=b"a", headers={"content-type": "text/plain"}).status_code == 415
     picture = {"pictures": ("a.jpg", b"a", "image/jpeg")}
     assert idle.client.post("/jobs", data={"kind": "index"}, files=picture).status_code == 422
-    too_many = [("images", (f"{number}.jpg", b"a", "image/jpeg")) for number in range(3)]
+    too_many = [("image", (f"{number}.jpg", b"a", "image/jpeg")) for number in range(3)]
     assert idle.client.post("/jobs", data={"kind": "index"}, files=too_many).status_code == 422
     many_more = too_many * 5
     assert idle.client.post("/jobs", data={"kind": "index"}, files=many_more).status_code in (400, 422)
@@ -281,7 +280,7 @@ def test_only_files_of_the_report_are_given_out(service: Service, indexed: dict[
 def test_no_more_jobs_wait_than_may(idle: Service) -> None:
     folders = [str(idle.photos)]
     assert [idle.ask(kind="index", folders=folders).status_code for _ in range(4)] == [202, 202, 202, 429]
-    picture = {"images": ("a.jpg", jpeg(1), "image/jpeg")}
+    picture = {"image": ("a.jpg", jpeg(1), "image/jpeg")}
     assert idle.client.post("/jobs", data={"kind": "index"}, files=picture).status_code == 429
     assert not list((idle.home / "uploads").glob("*"))
     assert idle.client.post("/jobs/1/cancel").json()["status"] == "cancelled"
@@ -326,7 +325,7 @@ def test_a_job_in_another_state_is_a_conflict(idle: Service) -> None:
 
 
 def test_uploads_of_a_job_that_never_ran_are_deleted(idle: Service) -> None:
-    picture = {"images": ("a.jpg", jpeg(1), "image/jpeg")}
+    picture = {"image": ("a.jpg", jpeg(1), "image/jpeg")}
     assert idle.client.post("/jobs", data={"kind": "index"}, files=picture).status_code == 202
     assert len(list((idle.home / "uploads").glob("*/*"))) == 1
     idle.client.post("/jobs/1/cancel")
@@ -356,7 +355,7 @@ def test_parts_of_reports_go_with_the_end_of_their_job(idle: Service) -> None:
 
 @pytest.mark.parametrize("source", ["", "uploads", "uploads/{token}", "uploads/{token}/deep"])
 def test_uploads_stay_while_a_collection_has_an_image_of_them(idle: Service, source: str) -> None:
-    picture = {"images": ("a.jpg", jpeg(1), "image/jpeg")}
+    picture = {"image": ("a.jpg", jpeg(1), "image/jpeg")}
     idle.client.post("/jobs", data={"kind": "index"}, files=picture)
     catalog = idle.jobs.door.created_catalog()
     fill(catalog, 0)

@@ -106,6 +106,32 @@ def test_a_client_that_goes_leaves_the_queue(own_service: RunningService, monkey
         assert 'operation="search",status="499"' in own_service.http.get("/metrics").text
 
 
+@pytest.mark.parametrize("path", ["/search", "/jobs", "/collections/default/images"])
+@pytest.mark.parametrize(
+    ("media_type", "begin"),
+    [
+        ("application/json", b'{"image_base64": "'),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\nabc',
+        ),
+    ],
+    ids=["json", "form"],
+)
+def test_a_client_that_goes_while_it_sends_is_no_failure_of_the_service(
+    service: RunningService, caplog: pytest.LogCaptureFixture, path: str, media_type: str, begin: bytes
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {media_type}\r\nContent-Length: 1000\r\n\r\n"
+    assert waits_until(lambda: service.engine.num_in_flight == 0)
+    with socket.create_connection(("127.0.0.1", httpx.URL(service.url).port or 0)) as connection:
+        connection.sendall(head.encode() + begin)
+        assert waits_until(lambda: service.engine.num_in_flight == 1)
+    assert waits_until(lambda: service.engine.num_in_flight == 0)
+    logged = [record.message for record in caplog.records if record.name == "dino_search.api.problems"]
+    assert logged == []
+    assert 'reason="internal"' not in service.http.get("/metrics").text
+
+
 def test_a_request_that_takes_too_long_is_given_up(
     home: Path, photos: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
