@@ -13,6 +13,7 @@ import faiss  # noqa: F401
 from fastapi import FastAPI
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
+from starlette.requests import ClientDisconnect
 
 from dino_search.api import problems
 from dino_search.api.access import AccessControl
@@ -98,7 +99,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         )
     ).fetch
     problems.add_handlers(app)
-    app.add_exception_handler(ClientGone, _answer_nobody)
+    for gone in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(gone, _answer_nobody)
     for module in (searching, copying, collections, images, deciding, jobs, probes, page):
         app.include_router(module.router)
     app.add_middleware(InFlight, engine=engine)

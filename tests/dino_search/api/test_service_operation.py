@@ -145,6 +145,22 @@ def test_a_model_that_reindex_gives_the_collection_is_used_by_the_next_search(
     assert len(after["results"]) == 8
 
 
+def test_a_client_that_hangs_up_amid_its_picture_is_no_failure_of_the_service(
+    service: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hung_up() -> float:
+        sample = {"operation": "search", "status": "499"}
+        return service.engine.metrics.registry.get_sample_value("dino_search_requests_total", sample) or 0.0
+
+    before = hung_up()
+    head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(service.url).port or 0)) as connection:
+        connection.sendall(head + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n")
+        assert waits_until(lambda: service.engine.num_in_flight == 1)
+    assert waits_until(lambda: hung_up() == before + 1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_catalog_that_is_gone_is_a_problem_and_serves_again_when_it_is_back(own_service: RunningService) -> None:
     home = own_service.engine.settings.home
     away = home.with_name("away")
