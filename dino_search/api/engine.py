@@ -475,7 +475,9 @@ class Engine:
         use_threads(1)
         backbone = Backbone(spec, device=self.settings.device)
         use_threads(self._num_torch_threads)
-        passes = ForwardPasses(backbone, self.metrics, max_wait_s=self.settings.max_wait_ms / 1000)
+        # A processor gains less by company than it loses by waiting for it.
+        max_wait_s = 0.0 if backbone.device.type == "cpu" else self.settings.max_wait_ms / 1000
+        passes = ForwardPasses(backbone, self.metrics, max_wait_s=max_wait_s)
         with self._lock:
             self._passes[spec.fingerprint] = passes
         return passes

@@ -64,7 +64,7 @@ class ServiceSettings(BaseSettings):
     queue_size: int = Field(default=64, ge=1)
     """Pictures that may wait for a forward pass; requests beyond that are refused."""
     max_wait_ms: float = Field(default=5.0, ge=0, le=1000)
-    """How long a forward pass may wait for pictures that are being decoded, to take them along."""
+    """How long a forward pass on a GPU may wait for pictures that are being decoded, to take them along."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """A request that takes longer is given up."""
     body_timeout_s: float = Field(default=20.0, gt=0)

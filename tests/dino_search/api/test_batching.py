@@ -86,6 +86,43 @@ def test_a_picture_that_comes_alone_gets_the_thread_with_all_processors() -> Non
     assert model.passes == [("forward-wide", 1)] * 3
 
 
+def test_a_picture_that_comes_alone_gets_one_processor_where_all_take_longer() -> None:
+    class Crowded(SlowModel):
+        def embed(self, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+            if threading.current_thread().name == "forward-wide":
+                time.sleep(0.1)
+            return super().embed(pixels_BHWC)
+
+    model = Crowded(held=False)
+    with passes_of(model) as passes:
+        # While the first is computed by all, others come, and show what one processor can do.
+        assert values([passes.embed(number(value)) for value in range(5)]) == list(range(5))
+        for value in range(100):
+            assert values([passes.embed(number(value))]) == [value]
+    wide = [thread for thread, _ in model.passes].count("forward-wide")
+    assert 2 <= wide <= 4, "it is tried again now and then, as the company may have gone"
+
+
+def test_a_picture_leaves_processors_to_others_that_are_being_decoded() -> None:
+    model = SlowModel(held=False)
+    with passes_of(model) as passes, passes.coming():
+        assert values([passes.embed(number(1))]) == [1]
+    assert [size for _, size in model.passes] == [1]
+    assert model.passes[0][0] != "forward-wide"
+
+
+def test_processors_get_few_pictures_at_a_time() -> None:
+    model = SlowModel()
+    model.batch_size = 16
+    with passes_of(model) as passes:
+        first = passes.embed(number(0))
+        model.begun(1)
+        rest = [passes.embed(number(value)) for value in range(1, 17)]
+        model.let_go(17)
+        assert values([first, *rest]) == list(range(17))
+    assert max(size for _, size in model.passes) == 4
+
+
 def test_pictures_that_queue_while_passes_run_share_the_next_ones() -> None:
     model = SlowModel()
     with passes_of(model) as passes:
