@@ -26,11 +26,13 @@ from dino_search.commands import (
     exchange,
     housekeeping,
     indexing,
+    keys,
     models,
     pretraining,
     reindexing,
     relocating,
     searching,
+    serving,
     verdicts,
 )
 from dino_search.commands.output import complain
@@ -94,7 +96,9 @@ for register in (
     exchange,
     housekeeping,
     catalog,
+    keys,
     verdicts,
+    serving,
     bench,
     doctor,
     demo,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow, bound_parts
+from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
-from dino_index.errors import CatalogError, CollectionEmpty, CollectionNotFound, ImageError, NoLabels, SourceNotFound
+from dino_index.errors import CatalogError, CollectionNotFound, ImageError, SourceNotFound
 from dino_index.image_paths import absolute_path, is_below
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import ModelSpec, Pooling, resolve_model
@@ -23,7 +23,7 @@ from dino_index.model_store import models_folder, resolve_default
 from dino_index.recording import remove_images
 from dino_search.home import default_database, default_home
 from dino_search.models import Models
-from dino_search.results import Classification, Classifications, SearchResult, SearchResults
+from dino_search.results import Classifications, SearchResults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -203,25 +203,13 @@ class Collection:
 
         filters: conditions that the voters fulfil, as for `search`. Raises NoLabels, and as `search` does.
         """
-        from dino_index.knn import vote
+        from dino_search.neighbours import classify_by
 
         pictures = [images] if isinstance(images, str | bytes | os.PathLike) else images
         pictures = cast("Sequence[Picture]", pictures if isinstance(pictures, Sequence) else [pictures])
-        results = []
         model = self.model_name()
-        for found in self._search(pictures, k, labelled=True, filters=filters) if pictures else []:
-            labels = [result.label or "" for result in found.results]
-            ranked = vote([result.score for result in found.results], labels, temperature)
-            results.append(
-                Classification(
-                    query=found.query,
-                    label=ranked[0][0],
-                    probability=ranked[0][1],
-                    probabilities=dict(ranked),
-                    neighbours=found.results,
-                )
-            )
-        return Classifications(collection=self.name, model=model, k=k, temperature=temperature, results=results)
+        found = self._search(pictures, k, labelled=True, filters=filters) if pictures else []
+        return classify_by(found, collection=self.name, model=model, k=k, temperature=temperature)
 
     def duplicates(
         self,
@@ -238,33 +226,17 @@ class Collection:
         from this cosine on instead.
         Raises CollectionNotFound, CatalogErrors; ValueError for a score or precision out of range.
         """
-        from dino_index.descriptor_learning import copy_descriptor
-        from dino_index.verdicts import load_verdicts
-        from dino_search.copy_runs import duplicate_rules
-        from dino_search.duplicates import DuplicateOptions, find_duplicates, fixed_rule
+        from dino_search.copy_runs import duplicates_in
+        from dino_search.duplicates import DuplicateOptions
 
         catalog = self._existing_catalog()
         with catalog.reading() as session:
             collection = find_collection(session, self.name)
-            verdicts = load_verdicts(session)
-        models = models_folder(self.home)
-        descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
-        rule, verifier = None if copy_score is None else fixed_rule(copy_score), None
-        if rule is None:
-            rule, verifier = duplicate_rules(
-                catalog, collection, models, target_precision, lambda: self._loaded_backbone(collection), on_remark
-            )
-        options = options or DuplicateOptions()
-        return find_duplicates(
-            catalog,
-            self.name,
-            options,
-            rule,
-            descriptor=descriptor,
-            verdicts=verdicts,
-            verifier=verifier if options.checked else None,
-            on_progress=on_progress,
-        )
+        return duplicates_in(
+            catalog, collection, models_folder(self.home), options or DuplicateOptions(),
+            target_precision=target_precision, copy_score=copy_score,
+            load_backbone=lambda: self._loaded_backbone(collection), on_remark=on_remark, on_progress=on_progress,
+        )  # fmt: skip
 
     def is_indexed(self, folder: StrPath) -> bool:
         """Whether a folder lies in one that was indexed. Raises CollectionNotFound."""
@@ -473,34 +445,29 @@ class Collection:
         """
         from dino_index.backbones import Backbone
         from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
-        from dino_index.descriptor_learning import copy_descriptor
-        from dino_search.calibrating import mode_of, shipped_calibration, stored_calibration
+        from dino_search.calibrating import mode_of, shipped_calibration
         from dino_search.copies import CopiesOptions
-        from dino_search.copy_runs import PairTools, compare_pair, pair_rule
+        from dino_search.copy_runs import PairTools, compare_pair, pair_rule, pair_tools
 
         options = options or CopiesOptions()
-        mode = mode_of(options.detection)
         models = models_folder(self.home)
         try:
-            catalog: Catalog | None = self._existing_catalog()
-            with self._existing_catalog().reading() as session:
-                collection: CollectionInfo | None = find_collection(session, self.name)
+            catalog = self._existing_catalog()
+            with catalog.reading() as session:
+                collection = find_collection(session, self.name)
         except CollectionNotFound:
-            catalog, collection = self._catalog, None
-        if catalog is not None and collection is not None:
-            backbone = self._loaded_backbone(collection)
-            descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
-            calibration = stored_calibration(catalog, collection, models, mode)
-        else:
             spec = self._model or resolve_default(Models(self.home, self._database).default(), self.home)
             backbone = Backbone(spec, device=self._device)
-            descriptor = shipped_descriptor(spec.weights_path) or CopyDescriptor()
-            calibration = shipped_calibration(spec.weights_path, mode)
-        descriptor = descriptor.switched(
-            whitening=options.detection.whitening, normalisation=options.detection.normalisation
-        )
-        rule = pair_rule(calibration, options, backbone.spec.name)
-        tools = PairTools(backbone=backbone, descriptor=descriptor, rule=rule, options=options, catalog=catalog)
+            descriptor = (shipped_descriptor(spec.weights_path) or CopyDescriptor()).switched(
+                whitening=options.detection.whitening, normalisation=options.detection.normalisation
+            )
+            calibration = shipped_calibration(spec.weights_path, mode_of(options.detection))
+            rule = pair_rule(calibration, options, spec.name)
+            tools = PairTools(
+                backbone=backbone, descriptor=descriptor, rule=rule, options=options, catalog=self._catalog
+            )
+        else:
+            tools = pair_tools(catalog, collection, self._loaded_backbone(collection), models, options, on_remark)
         return compare_pair(tools, first, second)
 
     def _copy_finder(
@@ -550,8 +517,9 @@ class Collection:
         """Neighbours of each picture, all from one state of the collection."""
         import numpy as np
 
-        from dino_index.filters import matching_ids, parse_filter
+        from dino_index.filters import parse_filter
         from dino_index.vector_index import VectorIndex
+        from dino_search.neighbours import find_neighbours
 
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}")
@@ -566,27 +534,11 @@ class Collection:
                 return self._search(images, k, labelled=labelled, min_score=min_score, filters=filters)
             if self._vectors is None or not self._vectors.is_current(session, collection):
                 self._vectors = VectorIndex.load(catalog, session, collection)
-            if not len(self._vectors):
-                raise CollectionEmpty(
-                    f"collection {self.name!r} has no readable image; run: dino-search index FOLDER-WITH-PICTURES"
-                )
-            allowed = _labelled_ids(session, collection) if labelled else None
-            if parsed:
-                passing = matching_ids(session, collection, parsed)
-                allowed = passing if allowed is None else np.intersect1d(allowed, passing, assume_unique=True)
-                if labelled and not len(allowed):
-                    raise NoLabels(f"no labelled image of collection {collection.name!r} passes the filter")
-            return [
-                SearchResults(
-                    query=_name_of(image),
-                    collection=collection.name,
-                    model=collection.model_name,
-                    results=_results(session, ids, scores, min_score),
-                )
-                for image, (ids, scores) in zip(
-                    images, self._vectors.search(queries_QD, k, allowed_ids=allowed), strict=True
-                )
-            ]
+            names = [_name_of(image) for image in images]
+            return find_neighbours(
+                session, collection, self._vectors, queries_QD, names,
+                k=k, labelled=labelled, min_score=min_score, filters=parsed,
+            )  # fmt: skip
 
     def _embed_query(self, catalog: Catalog, collection: CollectionInfo, image: Picture) -> NDArray[np.float32]:
         """Unit vector (1, D) of a picture: of the catalog where the very bytes are known, else a forward pass."""
@@ -656,40 +608,6 @@ class Collection:
             select(ImageRow.id, ImageRow.source_id, ImageRow.path).where(ImageRow.collection_id == collection.id)
         )
         return {image_id: join_path(sources[source_id], name) for image_id, source_id, name in rows}
-
-
-def _labelled_ids(session: Session, collection: CollectionInfo) -> NDArray[np.int64]:
-    import numpy as np
-
-    rows = session.scalars(
-        select(ImageRow.id).where(
-            ImageRow.collection_id == collection.id, ImageRow.status == "ok", ImageRow.label.is_not(None)
-        )
-    ).all()
-    if not rows:
-        raise NoLabels(
-            f"no image of collection {collection.name!r} has a label; run index again with --labels folders "
-            "or --labels FILE.csv"
-        )
-    return np.array(rows, np.int64)
-
-
-def _results(
-    session: Session, ids: NDArray[np.int64], scores: NDArray[np.float64], min_score: float | None
-) -> list[SearchResult]:
-    facts: dict[int, tuple[str, str | None]] = {}
-    for part in bound_parts(ids.tolist()):
-        rows = session.execute(
-            select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
-            .join(SourceRow, SourceRow.id == ImageRow.source_id)
-            .where(ImageRow.id.in_(part))
-        )
-        facts |= {image_id: (_portable(source, name), label) for image_id, source, name, label in rows}
-    return [
-        SearchResult(rank=rank, image_id=image_id, path=facts[image_id][0], score=score, label=facts[image_id][1])
-        for rank, (image_id, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), 1)
-        if min_score is None or score >= min_score
-    ]
 
 
 def _portable(source: str, name: str) -> str:

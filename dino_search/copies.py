@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -220,6 +221,11 @@ class CopyFinder:
                 yield CopyQuery(query=encode_path(item.path), matches=self._matches(item, detections, rule))
             on_progress(Progress(done=done, total=len(listing), failed=num_failed))
 
+    def find_one(self, query: Query, rule: DecisionRule) -> CopyQuery:
+        """One query that has been read already, with its candidates."""
+        ((_, detections),) = self.detector.detect([query])
+        return CopyQuery(query=encode_path(query.path), matches=self._matches(query, detections, rule))
+
     def _read_queries(self, paths: Sequence[str]) -> Iterator[Query | FailedQuery]:
         """The queries in order, some decoded ahead."""
         pending: deque[Future[Query | FailedQuery]] = deque()
@@ -290,16 +296,17 @@ class CopyFinder:
 
 
 def judge_detection(
-    query: Query, detection: Detection, image: LocatedImage, rule: DecisionRule, verdict: Verdict | None
+    query: Query,
+    detection: Detection,
+    image: LocatedImage,
+    rule: DecisionRule,
+    verdict: Verdict | None,
+    *,
+    nature_of_image: Callable[[], PictureNature | None] | None = None,
 ) -> Judgement:
-    """What is said of a query and a candidate."""
+    """What is said of a query and a candidate. nature_of_image: how to look into it; None reads its file."""
     decision, precision = rule.decide(detection.score)
-    natures: list[PictureNature | None] = []
-
-    def reference_nature() -> PictureNature | None:
-        if not natures:
-            natures.append(image.nature(query.limits))
-        return natures[0]
+    reference_nature = cache(nature_of_image or partial(image.nature, query.limits))
 
     def is_burst() -> bool:
         reference = reference_nature()

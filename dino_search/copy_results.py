@@ -61,5 +61,13 @@ class CopyQuery:
     """For a failed query: what is wrong with the file."""
     matches: list[CopyMatch] = field(default_factory=list)
 
+    @property
+    def outcome(self) -> Literal["failed", "copy", "uncertain", "different"]:
+        """`failed`, or the best decision among the candidates."""
+        decisions = {match.decision for match in self.matches}
+        if self.status == "failed":
+            return "failed"
+        return "copy" if "copy" in decisions else "uncertain" if "uncertain" in decisions else "different"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

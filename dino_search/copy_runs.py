@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from dino_index.copy_detection import (
     make_reference,
 )
 from dino_index.copy_search import CopySearch
+from dino_index.descriptor_learning import copy_descriptor
 from dino_index.errors import CalibrationImpossible, ImageError
-from dino_index.image_bytes import read_file
+from dino_index.image_bytes import ReadLimits, read_file
 from dino_index.image_paths import absolute_path
 from dino_index.indexing import Progress
 from dino_index.snapshots import Vectors
@@ -43,7 +45,15 @@ from dino_search.copies import (
 )
 from dino_search.copy_results import CopyMatch, CopyQuery
 from dino_search.duplicate_checks import PairVerifier
-from dino_search.duplicates import DEFAULT_COPY_SCORE, CopyRule, calibrated_rule, fixed_rule
+from dino_search.duplicates import (
+    DEFAULT_COPY_SCORE,
+    CopyRule,
+    DuplicateOptions,
+    Duplicates,
+    calibrated_rule,
+    find_duplicates,
+    fixed_rule,
+)
 
 # Edited copies that a first run makes to calibrate a model that no calibration ships with.
 _NUM_FIRST_QUERIES = 150
@@ -151,6 +161,40 @@ def duplicate_rules(
     return calibrated_rule(at_precision(calibration)), verifier
 
 
+def duplicates_in(
+    catalog: Catalog,
+    collection: CollectionInfo,
+    models: Path,
+    options: DuplicateOptions,
+    *,
+    target_precision: float,
+    copy_score: float | None,
+    load_backbone: Callable[[], Backbone],
+    on_remark: OnRemark = lambda remark: None,
+    on_progress: Callable[[float], None] = lambda done_frac: None,
+) -> Duplicates:
+    """The duplicates of a collection, as `Collection.duplicates` gives them, which says what the options mean.
+
+    Raises CollectionNotFound, CatalogErrors; ValueError for a score or precision out of range.
+    """
+    with catalog.reading() as session:
+        verdicts = load_verdicts(session)
+    descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
+    rule, verifier = None if copy_score is None else fixed_rule(copy_score), None
+    if rule is None:
+        rule, verifier = duplicate_rules(catalog, collection, models, target_precision, load_backbone, on_remark)
+    return find_duplicates(
+        catalog,
+        collection.name,
+        options,
+        rule,
+        descriptor=descriptor,
+        verdicts=verdicts,
+        verifier=verifier if options.checked else None,
+        on_progress=on_progress,
+    )
+
+
 def facts_of(finder: CopyFinder, rule: DecisionRule) -> dict[str, str]:
     options = finder.options
     facts = {
@@ -180,6 +224,31 @@ class PairTools:
     """Holds the verdicts; None where there is none yet."""
 
 
+def pair_tools(
+    catalog: Catalog,
+    collection: CollectionInfo,
+    backbone: Backbone,
+    models: Path,
+    options: CopiesOptions,
+    on_remark: OnRemark = lambda remark: None,
+) -> PairTools:
+    """What pairs are compared with by a collection's model and calibration.
+
+    Raises CalibrationImpossible, CatalogErrors.
+    """
+    descriptor = copy_descriptor(catalog, collection, models, on_remark=on_remark)
+    calibration = stored_calibration(catalog, collection, models, mode_of(options.detection))
+    return PairTools(
+        backbone=backbone,
+        descriptor=descriptor.switched(
+            whitening=options.detection.whitening, normalisation=options.detection.normalisation
+        ),
+        rule=pair_rule(calibration, options, backbone.spec.name),
+        options=options,
+        catalog=catalog,
+    )
+
+
 def pair_rule(calibration: Calibration | None, options: CopiesOptions, model_name: str) -> DecisionRule:
     """Pairs that someone compares are alike, so they are judged as the candidates of a whole collection are.
 
@@ -193,48 +262,65 @@ def pair_rule(calibration: Calibration | None, options: CopiesOptions, model_nam
     return options.rule(calibration, calibration.num_references if calibration else 1)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class PairPicture:
+    """One of two pictures that are compared, in both parts that it plays."""
+
+    query: Query
+    reference: Reference
+
+
 def compare_pair(tools: PairTools, first: StrPath, second: StrPath) -> CopyMatch:
     """The better of both directions: either picture may be a part of the other.
 
     Raises ImageError, CatalogErrors.
     """
-    paths = absolute_path(first), absolute_path(second)
-    pictures = [_read(path, tools) for path in paths]
+    one, other = (_read(absolute_path(path), tools) for path in (first, second))
+    return compare_pictures(tools, one, other)
+
+
+def compare_pictures(tools: PairTools, one: PairPicture, other: PairPicture) -> CopyMatch:
+    """`compare_pair` of pictures that have been read. Raises CatalogErrors."""
     verdict = None
     if tools.catalog is not None:
         with tools.catalog.reading() as session:
-            pair = ordered_pair(pictures[0].query.sha256, pictures[1].query.sha256)
+            pair = ordered_pair(one.query.sha256, other.query.sha256)
             verdict = load_verdicts(session, [pair]).get(pair)
     matches = []
-    for query, reference in (pictures, pictures[::-1]):
+    for query, reference in ((one, other), (other, one)):
         detection = _detect(tools, query.query, reference)
         found = reference.query
         image = LocatedImage(found.path, found.sha256, found.width, found.height)
-        judgement = judge_detection(query.query, detection, image, tools.rule, verdict)
+        judgement = judge_detection(
+            query.query, detection, image, tools.rule, verdict, nature_of_image=partial(getattr, found, "nature")
+        )
         matches.append(match_of(query.query, image, detection, judgement, verdict, 1))
     return max(matches, key=lambda match: match.score)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Picture:
-    query: Query
-    reference: Reference
+def pair_picture(
+    data: bytes, path: str, sha256: bytes, *, side: int, detection: DetectionOptions, limits: ReadLimits
+) -> PairPicture:
+    """A picture file's bytes as one of a pair; in any thread. side: of the model. path: what results call it.
+
+    Raises ImageError.
+    """
+    query = make_query(data, path=path, sha256=sha256, side=side, options=detection, limits=limits)
+    return PairPicture(query, make_reference(data, side=side, limits=limits))
 
 
-def _read(path: str, tools: PairTools) -> _Picture:
-    side = tools.backbone.spec.input_size
-    limits = tools.options.limits
+def _read(path: str, tools: PairTools) -> PairPicture:
+    side, limits = tools.backbone.spec.input_size, tools.options.limits
     try:
         content = read_file(path, limits)
-        query = make_query(
-            content.data, path=path, sha256=content.sha256, side=side, options=tools.options.detection, limits=limits
+        return pair_picture(
+            content.data, path, content.sha256, side=side, detection=tools.options.detection, limits=limits
         )
-        return _Picture(query, make_reference(content.data, side=side, limits=limits))
     except ImageError as error:
         raise ImageError(error.reason, f"{encode_path(path)} cannot be used: {error}") from error
 
 
-def _detect(tools: PairTools, query: Query, reference: _Picture) -> Detection:
+def _detect(tools: PairTools, query: Query, reference: PairPicture) -> Detection:
     cls_1D, gem_1D = tools.backbone.embed(reference.reference.square_SSC[None])
     vectors = Vectors(np.zeros(1, np.int64), tools.descriptor.vectors(cls_1D, gem_1D))
     detector = CopyDetector(

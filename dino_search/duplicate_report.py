@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from dino_index.errors import OutputExists, OutputUnwritable
-from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
 from dino_search.thumbnails import thumbnail_uri
+
+if TYPE_CHECKING:
+    from dino_search.collection import Collection
+    from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
 
 KIND = "duplicates"
 """What the catalog calls such a file."""
@@ -68,6 +72,30 @@ def write_duplicate_report(
         with suppress(OSError):
             shutil.rmtree(partial)
     return [folder / name for name in FILE_NAMES]
+
+
+def write_both_reports(
+    collection: Collection, folder: Path, found: Duplicates, *, force: bool = False, limit: int = DEFAULT_LIMIT
+) -> bool:
+    """Writes the groups, and the pairs they were made from as a report of copies, into one folder.
+
+    Has the catalog remember the files for a purge to look into; False where the home is read-only.
+    Raises OutputExists, OutputUnwritable.
+    """
+    from dino_search.copy_report import CopyReport
+
+    recorded = True
+    for path in write_duplicate_report(folder, found, force=force, limit=limit):
+        recorded &= collection.record_report(path, KIND)
+    assert found.pairs is not None
+    pairs = CopyReport(
+        folder, title=f"Duplicates in {found.collection}", collection=found.collection, model=found.model, force=force,
+        facts={"pairs": "whole images, by the cosine of their copy vectors"},
+    )  # fmt: skip
+    with pairs as written:
+        for query in found.pairs.queries():
+            written.add(query)
+    return pairs.record_in(collection) and recorded
 
 
 def _write_table(path: Path, found: Duplicates) -> None:

@@ -9,7 +9,7 @@ Shapes: N contents, I images, P pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -134,6 +134,10 @@ class Duplicates:
     remarks: list[str] = field(default_factory=list)
     pairs: PairList | None = None
     """What the groups were made from; None where only the groups are at hand."""
+
+    def with_groups(self, groups: list[DuplicateGroup]) -> Duplicates:
+        """The same with these groups alone, to be shown a part at a time."""
+        return replace(self, groups=groups)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dino_index.catalog.portable_paths import decode_path
 from dino_index.errors import ImageError
+from dino_index.image_bytes import DEFAULT_LIMITS, ReadLimits
 from dino_index.images import load_image
 
 
@@ -32,8 +33,13 @@ class Thumbnail:
 
 def make_thumbnail(portable_path: str, *, side: int, quality: int) -> Thumbnail:
     """The picture at a path in the catalog's encoding, no longer than `side` pixels. Raises ImageError."""
+    return thumbnail_of(decode_path(portable_path), side=side, quality=quality)
+
+
+def thumbnail_of(source: str | bytes, *, side: int, quality: int, limits: ReadLimits = DEFAULT_LIMITS) -> Thumbnail:
+    """The picture at a path or of a file's bytes, no longer than `side` pixels. Raises ImageError."""
     # The longer side is at most 2.5 times `side` for all but panoramas, so that JPEG files are decoded small.
-    picture = Image.fromarray(load_image(decode_path(portable_path), max_short_side=side).pixels_HWC)
+    picture = Image.fromarray(load_image(source, max_short_side=side, limits=limits).pixels_HWC)
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality, optimize=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from uuid import uuid4
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, ImageRow, SourceRow, bound_parts
+from dino_index.catalog import Catalog, CollectionRow, ImageRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import find_collection, join_path, relative_path
 from dino_index.errors import ImageError, OutputExists, OutputUnwritable, VerdictFileError
@@ -64,17 +64,7 @@ class Verdicts:
         with self._reading() as session:
             if session is None:
                 return []
-            chosen = find_collection(session, collection).id if collection is not None else None
-            recorded = recorded_verdicts(session, chosen)
-            paths = _paths_of(session, {digest for verdict in recorded for digest in verdict.pair}, chosen)
-        return [
-            VerdictRow(
-                query=paths.get(verdict.pair[0], ""), reference=paths.get(verdict.pair[1], ""),
-                decision=verdict.decision, query_sha256=verdict.pair[0].hex(),
-                reference_sha256=verdict.pair[1].hex(), note=verdict.note, decided_at=verdict.decided_at.isoformat(),
-            )
-            for verdict in recorded
-        ]  # fmt: skip
+            return listed_verdicts(session, collection)
 
     def export(self, file: str | Path, collection: str | None = None, *, force: bool = False) -> int:
         """Writes what `listed` gives into a .csv or .json file, whole or not at all; how many verdicts.
@@ -162,6 +152,26 @@ class Verdicts:
             yield session
 
 
+def listed_verdicts(
+    session: Session, collection: str | None = None, *, told: Sequence[str] | None = None
+) -> list[VerdictRow]:
+    """What `Verdicts.listed` gives, as the session sees it. told: of these collections paths are named; None: of all.
+
+    Raises CollectionNotFound.
+    """
+    chosen = find_collection(session, collection).id if collection is not None else None
+    recorded = recorded_verdicts(session, chosen)
+    paths = _paths_of(session, {digest for verdict in recorded for digest in verdict.pair}, chosen, told)
+    return [
+        VerdictRow(
+            query=paths.get(verdict.pair[0], ""), reference=paths.get(verdict.pair[1], ""),
+            decision=verdict.decision, query_sha256=verdict.pair[0].hex(),
+            reference_sha256=verdict.pair[1].hex(), note=verdict.note, decided_at=verdict.decided_at.isoformat(),
+        )
+        for verdict in recorded
+    ]  # fmt: skip
+
+
 def _located(portable: str, folder: Path) -> str:
     path = decode_path(portable)
     return absolute_path(path if is_url(path) else os.path.join(folder, path))
@@ -178,18 +188,23 @@ def _digest(path: str, known: dict[str, set[bytes]]) -> bytes:
     return next(iter(digests))
 
 
-def _paths_of(session: Session, digests: Collection[bytes], collection_id: int | None) -> dict[bytes, str]:
+def _paths_of(
+    session: Session, digests: Collection[bytes], collection_id: int | None, told: Sequence[str] | None
+) -> dict[bytes, str]:
     """A path, in the portable encoding, of each picture that is in the catalog: of its first image.
 
-    collection_id: an image of this collection goes before others.
+    collection_id: an image of this collection goes before others. told: only of these collections.
     """
+    wanted = select(ImageRow.sha256, ImageRow.collection_id, ImageRow.id, SourceRow.path, ImageRow.path).join(
+        SourceRow, SourceRow.id == ImageRow.source_id
+    )
+    if told is not None:
+        wanted = wanted.join(CollectionRow, CollectionRow.id == ImageRow.collection_id).where(
+            CollectionRow.name.in_(told)
+        )
     paths: dict[bytes, tuple[bool, int, str]] = {}
     for part in bound_parts(sorted(digests)):
-        rows = session.execute(
-            select(ImageRow.sha256, ImageRow.collection_id, ImageRow.id, SourceRow.path, ImageRow.path)
-            .join(SourceRow, SourceRow.id == ImageRow.source_id)
-            .where(ImageRow.sha256.in_(part))
-        )
+        rows = session.execute(wanted.where(ImageRow.sha256.in_(part)))
         for digest, owner, image_id, source, name in rows:
             candidate = (owner != collection_id, image_id, encode_path(join_path(decode_path(source), name)))
             assert digest is not None

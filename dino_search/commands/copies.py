@@ -29,7 +29,7 @@ from dino_search.commands.output import (
 if TYPE_CHECKING:
     from dino_index.copy_detection import DetectionOptions
     from dino_search.copies import CopiesOptions
-    from dino_search.copy_results import CopyMatch, CopyQuery
+    from dino_search.copy_results import CopyMatch
 
 EXIT_COPY, EXIT_DIFFERENT, EXIT_ERROR, EXIT_UNCERTAIN = 0, 1, 2, 3
 
@@ -110,7 +110,7 @@ def copies(
         )  # fmt: skip
         with writing as written:
             for query in run:
-                counts[_outcome(query)] += 1
+                counts[query.outcome] += 1
                 if written is not None:
                     written.add(query)
                 listed = [match for match in query.matches if min_score is None or match.score >= min_score]
@@ -261,14 +261,6 @@ def _options(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def _outcome(query: CopyQuery) -> str:
-    """`failed`, or the best decision among the query's candidates."""
-    decisions = {match.decision for match in query.matches}
-    if query.status == "failed":
-        return "failed"
-    return next((decision for decision in ("copy", "uncertain") if decision in decisions), "different")
 
 
 def _print_matches(matches: list[CopyMatch]) -> None:

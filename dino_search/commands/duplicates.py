@@ -174,21 +174,9 @@ def _check_options(
 
 
 def _write_report(opened: Collection, report: Path, found: Duplicates, force: bool, limit: int) -> None:
-    from dino_search.copy_report import CopyReport
-    from dino_search.duplicate_report import KIND, write_duplicate_report
+    from dino_search.duplicate_report import write_both_reports
 
-    recorded = True
-    for path in write_duplicate_report(report, found, force=force, limit=limit):
-        recorded &= opened.record_report(path, KIND)
-    assert found.pairs is not None
-    pairs = CopyReport(
-        report, title=f"Duplicates in {found.collection}", collection=found.collection, model=found.model, force=force,
-        facts={"pairs": "whole images, by the cosine of their copy vectors"},
-    )  # fmt: skip
-    with pairs as written:
-        for query in found.pairs.queries():
-            written.add(query)
-    recorded &= pairs.record_in(opened)
+    recorded = write_both_reports(opened, report, found, force=force, limit=limit)
     tell(f"open {report / 'groups.html'}, or {report / 'report.html'} to look through pairs and decide")
     if not recorded:
         tell(f"the home cannot be written, so that remove --purge will not know of {report}")

@@ -125,6 +125,8 @@ def _report_purge(collection: str, report: PurgeReport, as_json: bool) -> None:
         print_line(f"{report.images} images purged from '{collection}', with {report.vectors} vectors")
         if report.verdicts:
             print_line(f"{report.verdicts} verdicts on pairs with such an image forgotten")
+        if report.uploads:
+            print_line(f"{report.uploads} of their files deleted, which had been sent to the service")
         for kind, found in (
             ("shared", report.shared),
             ("report", report.reports),
@@ -139,7 +141,7 @@ def _report_purge(collection: str, report: PurgeReport, as_json: bool) -> None:
         tell("reports name purged images, backups may hold them: neither is changed, delete what is not needed")
     if report.whitenings:
         tell("the whitening was learned from purged images and went too: the next copies learns and calibrates anew")
-    if report.images:
+    if report.images > report.uploads:
         tell("the files stay where they are; the next index of their folder adds them again")
     if report.problems:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dino_index.errors import ModelError
+from dino_index.errors import AttentionUnavailable
 
 
 def has_attention(model: nn.Module) -> bool:
@@ -28,11 +28,11 @@ def attention_maps(model: nn.Module, pictures_BCHW: Tensor) -> Tensor:
     [CLS] itself and to register tokens. The model is not changed, and may compute attention in fused kernels: they
     give no weights, so those of the one query are computed again from the block's input. A model with dropout of
     patches must be in evaluation mode.
-    Raises ModelError for a model without such attention, such as a ResNet.
+    Raises AttentionUnavailable for a model without such attention, such as a ResNet.
     """
     attention = _last_attention(model)
     if attention is None:
-        raise ModelError(
+        raise AttentionUnavailable(
             f"attention maps need a vision transformer of timm with a [CLS] token, found {type(model).__name__}"
         )
     assert isinstance(model, VisionTransformer)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dino_index.attention import attention_maps
 from dino_index.descriptors import descriptors, descriptors_and_patches, patches
 from dino_index.errors import ArchitectureUnknown, ModelError, OutOfMemory, WeightsMismatch
 from dino_index.matrix_products import bfloat16_is_faster
@@ -147,6 +148,11 @@ class Backbone:
         (patches_BhwP,) = self._embed_in_parts(pixels_BHWC, _Replica.patches)
         return patches_BhwP
 
+    def attention(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """maps_BHhw: where the last block looks, for each head; see `attention_maps`. Raises AttentionUnavailable."""
+        replica: _Replica = getattr(self._thread, "replica", self._replicas[0])
+        return replica.attention(torch.from_numpy(pixels_BHWC)).cpu().numpy()
+
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
         return self._replicas[0].forward(pixels_BHWC)
@@ -179,7 +185,7 @@ class Backbone:
 
     def _compute_alone(self, free: SimpleQueue[_Replica]) -> None:
         if self.device.type == "cpu":
-            torch.set_num_threads(1)
+            use_threads(1)
         if not self._is_shared:
             self._thread.replica = free.get()
 
@@ -225,6 +231,10 @@ class _Replica:
     def patches(self, pixels_BHWC: Tensor) -> tuple[Tensor]:
         return (patches(self.model, self._normalised(pixels_BHWC)),)
 
+    @torch.inference_mode()
+    def attention(self, pixels_BHWC: Tensor) -> Tensor:
+        return attention_maps(self.model, self._normalised(pixels_BHWC))
+
     def _normalised(self, pixels_BHWC: Tensor) -> Tensor:
         # Returns at once for pixels in page-locked memory: the GPU fetches them.
         pixels_BHWC = pixels_BHWC.to(self.device, non_blocking=True)
@@ -253,6 +263,13 @@ class _Replica:
 
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
+
+
+def use_threads(num_threads: int) -> None:
+    """Has torch compute with so many threads on processors, in the calling thread and in those that begin to later."""
+    # A thread that was never asked for its number takes over, at its first computation, what was set last in any.
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
 
 
 def _try_to_embed(

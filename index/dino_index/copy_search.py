@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_index.copy_descriptors import CopyDescriptor
-from dino_index.matrix_products import bfloat16_is_faster
+from dino_index.matrix_products import bfloat16_is_faster, product
 from dino_index.score_normalisation import extended_queries, extended_references
 from dino_index.snapshots import Vectors
 
@@ -69,7 +69,7 @@ class CopySearch:
         num_fetched = k * (_REGIONS_PER_PLACE if self._has_regions else 1) + _NUM_SPARE
         positions_K = self._nearest(torch.from_numpy(extended_queries(views_VC, biases_V)), num_fetched)
         ids_K = self._references.ids_N[positions_K]
-        cosines_KV = self._references.vectors_ND[positions_K] @ views_VC.T
+        cosines_KV = product(self._references.vectors_ND[positions_K], views_VC.T)
         scores_KV = np.round(cosines_KV - biases_V, _SCORE_DECIMALS)
         best: dict[int, Candidate] = {}
         for row, image_id in enumerate(ids_K.tolist()):

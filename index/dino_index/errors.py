@@ -9,6 +9,7 @@ DinoSearchError
 │   ├── CheckpointRefused   a PyTorch file with objects that could run code; none was run
 │   ├── HubUnavailable      weights that could not be fetched; what works without is named
 │   ├── FingerprintMismatch the collection was built with another model
+│   ├── AttentionUnavailable  a model of which no attention can be shown
 │   └── OutOfMemory         the device cannot hold the model, or one picture's forward pass
 ├── CatalogError
 │   ├── CatalogUnavailable  the home or the database cannot be read, created or written
@@ -20,9 +21,12 @@ DinoSearchError
 │   └── StorageFull         no space left on the device; the earlier state is intact
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
+│   ├── CollectionExists    a collection that would be made, and is there
 │   ├── CollectionEmpty     a collection without one readable image
 │   ├── ReindexRefused      images that another model cannot be given, as their files cannot be read
 │   ├── NoLabels            classification without labelled images
+│   ├── ImageNotFound       no image of this id in the collection
+│   ├── VerdictNotFound     nobody has decided about this pair
 │   ├── IndexTypeInvalid    neither a named index type nor a FAISS factory string
 │   └── TooLittleMemory     an index that would not fit into memory
 ├── SourceError
@@ -45,9 +49,34 @@ DinoSearchError
 │   ├── ExportIncomplete    written without what an import needs
 │   └── ExportDamaged       files are missing, changed, or disagree with the description
 ├── CalibrationImpossible   too few queries to tell what scores mean
+├── AccessError
+│   ├── KeyRefused          no API key where one is needed, or one that is unknown, revoked or expired
+│   ├── ScopeMissing        an API key that does not allow this, or not in this collection
+│   ├── TooManyAttempts     keys of no use came too often from one client
+│   └── KeyNotFound         an API key, named by its id, that is not there
+├── FetchError
+│   ├── FetchRefused        a URL that pictures are not fetched from
+│   └── FetchFailed         a URL that gave no picture: no answer, another status, too slow, too large
+├── JobError
+│   ├── JobNotFound         no job has this id, or no file of it this name
+│   ├── JobConflict         a job in a state that does not allow what was asked
+│   ├── FolderRefused       a folder of the server that jobs may not read, or that leads out of those they may
+│   ├── UploadRefused       too many pictures for a job, or none
+│   └── TooManyJobs         as many jobs wait as may
 ├── ActionError
 │   ├── ActionUnsupported   something that this system or place cannot do, such as a trash
 │   └── ActionLogUnusable   a log that cannot be written, or is none of applied duplicates
+├── ServiceError
+│   ├── SettingsInvalid     settings of the service with an unknown key or a value out of range
+│   ├── RequestInvalid      a request whose fields are missing, too many or out of range
+│   ├── MediaTypeRefused    a request body that is neither JSON nor a form
+│   ├── FetchingOff         a picture by URL where fetching is not switched on
+│   ├── TooManyRequests     one client has more requests waiting than its share
+│   ├── ServerFull          as many requests wait as may
+│   ├── RequestTimedOut     a request that took longer than allowed
+│   ├── NotReady            the service is starting, or about to end
+│   ├── ServiceUnreachable  a service that the client cannot talk to
+│   └── ServiceProblem      what the client was answered instead of what it asked for; `code` is the service's
 ├── LabelFileError          a label file that cannot be read or lacks its columns
 ├── VerdictFileError        a file of verdicts that cannot be read, or has rows of no use; none was recorded
 ├── OutputExists            a file that would be overwritten without --force
@@ -58,13 +87,14 @@ Each message says what was expected, what was found and what to do; each class h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
 class DinoSearchError(Exception):
     """Root of all expected failures: one line for a person, a stable `code` for a machine."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
 
 
 class ImageError(DinoSearchError):
@@ -126,6 +156,10 @@ class FingerprintMismatch(ModelError):
     code = "fingerprint_mismatch"
 
 
+class AttentionUnavailable(ModelError):
+    code = "attention_unavailable"
+
+
 class OutOfMemory(ModelError):
     code = "out_of_memory"
 
@@ -174,6 +208,10 @@ class CollectionNotFound(CollectionError):
     code = "collection_not_found"
 
 
+class CollectionExists(CollectionError):
+    code = "collection_exists"
+
+
 class CollectionEmpty(CollectionError):
     code = "collection_empty"
 
@@ -184,6 +222,14 @@ class ReindexRefused(CollectionError):
 
 class NoLabels(CollectionError):
     code = "no_labels"
+
+
+class ImageNotFound(CollectionError):
+    code = "image_not_found"
+
+
+class VerdictNotFound(CollectionError):
+    code = "verdict_not_found"
 
 
 class IndexTypeInvalid(CollectionError):
@@ -280,6 +326,86 @@ class CalibrationImpossible(DinoSearchError):
     code = "calibration_impossible"
 
 
+class AccessError(DinoSearchError):
+    """A request to the service that its API key, or the lack of one, does not allow."""
+
+    code = "access"
+
+
+class KeyRefused(AccessError):
+    code = "key_refused"
+
+
+class ScopeMissing(AccessError):
+    """scope: what is needed."""
+
+    code = "scope_missing"
+
+    def __init__(self, message: str, *, scope: str) -> None:
+        super().__init__(message)
+        self.scope = scope
+
+
+class TooManyAttempts(AccessError):
+    """retry_after_s: when to come again."""
+
+    code = "too_many_attempts"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class KeyNotFound(AccessError):
+    code = "key_not_found"
+
+
+class FetchError(DinoSearchError):
+    """A picture that was given by its URL and could not be fetched."""
+
+    code = "fetch"
+
+
+class FetchRefused(FetchError):
+    code = "fetch_refused"
+
+
+class FetchFailed(FetchError):
+    code = "fetch_failed"
+
+
+class JobError(DinoSearchError):
+    """Long work of the service that cannot be begun, looked at or ended as asked."""
+
+    code = "job"
+
+
+class JobNotFound(JobError):
+    code = "job_not_found"
+
+
+class JobConflict(JobError):
+    code = "job_conflict"
+
+
+class FolderRefused(JobError):
+    code = "folder_refused"
+
+
+class UploadRefused(JobError):
+    code = "upload_refused"
+
+
+class TooManyJobs(JobError):
+    """retry_after_s: when to come again."""
+
+    code = "too_many_jobs"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class ActionError(DinoSearchError):
     """Files of duplicates that cannot be acted on as asked."""
 
@@ -292,6 +418,95 @@ class ActionUnsupported(ActionError):
 
 class ActionLogUnusable(ActionError):
     code = "action_log_unusable"
+
+
+class ServiceError(DinoSearchError):
+    """A request to the service that cannot be answered, or a service that cannot be run, as asked."""
+
+    code = "service"
+
+
+class SettingsInvalid(ServiceError):
+    code = "settings_invalid"
+
+
+class RequestInvalid(ServiceError):
+    code = "request_invalid"
+
+
+class MediaTypeRefused(ServiceError):
+    code = "media_type_refused"
+
+
+class FetchingOff(ServiceError):
+    code = "fetching_off"
+
+
+class TooManyRequests(ServiceError):
+    """retry_after_s: when to try again."""
+
+    code = "too_many_requests"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerFull(ServiceError):
+    """retry_after_s: when to try again."""
+
+    code = "server_full"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimedOut(ServiceError):
+    code = "request_timed_out"
+
+
+class NotReady(ServiceError):
+    """reasons: each a line."""
+
+    code = "not_ready"
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = list(reasons)
+
+
+class ServiceUnreachable(ServiceError):
+    code = "service_unreachable"
+
+
+class ServiceProblem(ServiceError):
+    """What the client was answered instead of what it asked for.
+
+    code: of the error that the service met, such as `collection_not_found`, or `image_` and the reason of an
+    ImageError; `http_STATUS` where something else than dino-search answered. status: of HTTP. request_id: in the
+    service's log. retry_after_s: when it may be worth trying again. reasons: why the service is not ready, each a line.
+    """
+
+    code = "service_problem"
+
+    def __init__(
+        self,
+        code: str,
+        status: int,
+        detail: str,
+        *,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+        reasons: Sequence[str] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.status = status
+        self.detail = detail
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
+        self.reasons = list(reasons)
 
 
 class LabelFileError(DinoSearchError):

@@ -341,8 +341,7 @@ class _Run:
 
         Also when another type of index is wanted than there is.
         """
-        num_before, delta = self._catalog.read(self._count_changes)
-        enough = delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before)
+        enough = self._catalog.read(lambda session: is_worth_a_snapshot(session, self._collection))
         if enough or self._catalog.read(self._wants_another_type):
             from dino_index.snapshots import write_snapshot
 
@@ -393,15 +392,6 @@ class _Run:
     def finish(self) -> IndexSummary:
         self.summary.images = self._catalog.read(lambda session: count_images(session, self._collection))["ok"]
         return self.summary
-
-    def _count_changes(self, session: Session) -> tuple[int, int]:
-        """Number of vectors in the snapshot, and of images that changed since."""
-        snapshot = session.get(SnapshotRow, self._collection.id)
-        num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
-        if since == generation_of(session, self._collection):
-            return num_before, 0
-        changed = ImageRow.collection_id == self._collection.id, ImageRow.generation > since
-        return num_before, session.scalars(select(func.count()).where(*changed)).one()
 
     def _read_labels(self, sidecar_labels: dict[str, str]) -> dict[str, str] | None:
         """Label by path: what a manifest says goes before what was asked for, and that before what shards say."""
@@ -546,6 +536,17 @@ class _Run:
         ignored = sum(self._listing.ignored.values())
         found = f"found {ignored} other files ({', '.join(sorted(self._listing.ignored))})" if ignored else "found none"
         return f"expected images under {where}, {found}; run: dino-search index FOLDER-WITH-PICTURES"
+
+
+def is_worth_a_snapshot(session: Session, collection: CollectionInfo) -> bool:
+    """Whether so much has changed since the snapshot that starting a search would be slow."""
+    snapshot = session.get(SnapshotRow, collection.id)
+    num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
+    if since == generation_of(session, collection):
+        return False
+    changed = ImageRow.collection_id == collection.id, ImageRow.generation > since
+    delta = session.scalars(select(func.count()).where(*changed)).one()
+    return delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before)
 
 
 def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:

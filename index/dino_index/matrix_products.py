@@ -1,12 +1,14 @@
-"""Which number format this processor multiplies matrices fastest in, found by trying."""
+"""Products of matrices: which number format this processor is fastest with, and which threads they take."""
 
 from __future__ import annotations
 
 import time
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Products tried in each number format, and how much faster bfloat16 must be to be worth its rounding.
@@ -39,6 +41,14 @@ def bfloat16_is_faster() -> bool:
     finally:
         torch.set_num_threads(num_threads)
     return seconds[torch.float32] > _MIN_GAIN * seconds[torch.bfloat16]
+
+
+def product(first_MK: NDArray[np.float32], second_KN: NDArray[np.float32]) -> NDArray[np.float32]:
+    """first_MK @ second_KN, by as many threads as torch has in the calling one.
+
+    NumPy's would wake all processors, and have them wait for more, beside forward passes that need them.
+    """
+    return (torch.from_numpy(first_MK) @ torch.from_numpy(second_KN)).numpy()
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dino_index.catalog import (
     CollectionRow,
     EmbeddingRow,
     ImageRow,
+    JobRow,
     RemovalRow,
     ReportRow,
     SnapshotRow,
@@ -31,8 +33,9 @@ from dino_index.catalog import (
     storage_errors,
 )
 from dino_index.catalog.portable_paths import decode_path, encode_path
-from dino_index.collections import CollectionInfo, find_collection, join_path
+from dino_index.collections import CollectionInfo, find_collection, join_path, relative_path
 from dino_index.copy_settings import drop_whitenings
+from dino_index.image_paths import is_below
 from dino_index.recording import remove_images
 from dino_index.snapshots import snapshot_folder, write_snapshot
 from dino_index.verdicts import drop_verdicts
@@ -41,6 +44,8 @@ EXPORT_KIND = "export"
 PARQUET_KIND = "parquet"
 """What the catalog calls a table whose text columns `PARQUET_PATHS` name images: it is compressed, so not searched."""
 PARQUET_PATHS = ("query", "reference")
+UPLOADS_FOLDER = "uploads"
+"""Of a home: pictures that were sent to the service, and lie nowhere else."""
 _LOCK = "lock"
 _DATABASE_LOG = "*-wal"
 _BACKUPS = "*.backup*"
@@ -59,6 +64,8 @@ class PurgeReport:
     """Decisions on pairs of which one picture is no image of any collection any more, by this purge or before it."""
     whitenings: int = 0
     """Learned from such a picture; the calibrations that follow from them go too."""
+    uploads: int = 0
+    """Files in the home that had been sent to the service."""
     shared: list[str] = field(default_factory=list)
     """`COLLECTION: PATH` of images that have the same bytes, or are the same files, and keep their vectors."""
     reports: list[str] = field(default_factory=list)
@@ -80,7 +87,9 @@ def purge_images(catalog: Catalog, collection: CollectionInfo, image_ids: Sequen
     """
     report = PurgeReport()
     paths = _paths_of(catalog, image_ids)
-    _remove_rows(catalog, collection, image_ids, report)
+    # Before their rows: what is repeated after a stop finds them by these.
+    report.uploads = _delete_uploads(catalog, image_ids, paths)
+    _remove_rows(catalog, collection, image_ids, paths, report)
     report.snapshots = _rewrite_snapshots(catalog)
     catalog.reclaim_space()
     _check_log(catalog, report)
@@ -118,7 +127,9 @@ def _located(session: Session, *conditions: Any) -> list[tuple[str, str, bytes |
     return [(name, join_path(decode_path(source), path), digest) for name, source, path, digest in rows]
 
 
-def _remove_rows(catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[int], report: PurgeReport) -> None:
+def _remove_rows(
+    catalog: Catalog, collection: CollectionInfo, image_ids: Sequence[int], paths: set[str], report: PurgeReport
+) -> None:
     """One transaction: image rows, embeddings that nobody shares, and the images' folders if they are now empty."""
     with catalog.writing() as session:
         _overwrite_deleted(session)
@@ -143,9 +154,46 @@ def _remove_rows(catalog: Catalog, collection: CollectionInfo, image_ids: Sequen
         gone = digests - _still_there(session, digests)
         report.verdicts = drop_verdicts(session, gone)
         report.whitenings = drop_whitenings(session, gone)
+        _forget_failures(session, paths)
         emptied = ~exists().where(ImageRow.source_id == SourceRow.id)
         for source_part in bound_parts(sorted(source_ids)):
             session.execute(delete(SourceRow).where(SourceRow.id.in_(source_part), emptied))
+
+
+def _delete_uploads(catalog: Catalog, image_ids: Sequence[int], paths: Iterable[str]) -> int:
+    """Deletes those files among `paths` that lie in the home's uploads and are no other image's; how many."""
+    folder = os.path.join(os.path.abspath(catalog.home / UPLOADS_FOLDER), "")
+    uploads = {path for path in paths if path.startswith(folder)}
+    if not uploads:
+        return 0
+    chosen, others = set(image_ids), set()
+    with catalog.reading() as session:
+        for source_id, portable in session.execute(select(SourceRow.id, SourceRow.path)).all():
+            source = decode_path(portable)
+            names = {relative_path(path, source): path for path in uploads if is_below(path, source)}
+            for part in bound_parts(sorted(names)):
+                named = select(ImageRow.id, ImageRow.path).where(
+                    ImageRow.source_id == source_id, ImageRow.path.in_(part)
+                )
+                others |= {names[name] for number, name in session.execute(named) if number not in chosen}
+    uploads -= others
+    num_deleted = 0
+    for path in uploads:
+        with storage_errors(catalog.home), suppress(FileNotFoundError):
+            os.unlink(path)
+            num_deleted += 1
+        with suppress(OSError):  # not empty yet
+            os.rmdir(os.path.dirname(path))
+    return num_deleted
+
+
+def _forget_failures(session: Session, paths: Iterable[str]) -> None:
+    """Takes files out of what jobs say could not be read; they stay counted."""
+    portable = {encode_path(path) for path in paths}
+    for row in session.scalars(select(JobRow).where(JobRow.num_failures > 0)):
+        kept = [failure for failure in row.failures if failure["path"] not in portable]
+        if len(kept) < len(row.failures):
+            row.failures = kept
 
 
 def _still_there(session: Session, digests: set[bytes]) -> set[bytes]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_index.matrix_products import product
+
 MAX_BACKGROUND = 2048
 # The background may hold copies of the query: the very best are passed over.
 _NUM_PASSED_OVER = 2
@@ -25,7 +27,7 @@ def biases(
     queries_QC: NDArray[np.float32], background_BC: NDArray[np.float32], factor: float = 1.0
 ) -> NDArray[np.float32]:
     """What to take off the cosines of each query, float32. background_BC: unit vectors, `MIN_BACKGROUND` or more."""
-    cosines_QB = queries_QC @ background_BC.T
+    cosines_QB = product(queries_QC, background_BC.T)
     num_nearest = _NUM_PASSED_OVER + _NUM_NEAREST
     assert cosines_QB.shape[1] >= num_nearest, cosines_QB.shape
     nearest_QK = np.partition(cosines_QB, -num_nearest, axis=1)[:, -num_nearest:]

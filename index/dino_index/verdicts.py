@@ -122,6 +122,15 @@ def record_verdicts(session: Session, verdicts: Iterable[RecordedVerdict]) -> Ve
     return VerdictCounts(added=added, changed=changed, unchanged=unchanged)
 
 
+def forget_verdict(session: Session, pair: Pair) -> bool:
+    """Takes back the decision on a pair; False where there was none. session: a writing one."""
+    row = session.get(VerdictRow, pair)
+    if row is not None:
+        session.delete(row)
+        session.flush()
+    return row is not None
+
+
 def drop_verdicts(session: Session, digests: Iterable[bytes]) -> int:
     """Forgets all decisions in which one of these pictures, by sha256, has a part; how many those were."""
     num_dropped = 0

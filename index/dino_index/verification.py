@@ -1,7 +1,7 @@
 """Whether a candidate really is an edited copy, and which area of each picture matches.
 
 Three steps. Patches of both pictures that are each other's nearest are matched. Seeded RANSAC proposes affine maps that
-many matches follow, and scikit-image fits each to all of its matches. The best few maps, and the identity, are tried
+many matches follow, and each is fitted to all of its matches. The best few maps, and the identity, are tried
 and refined on the pixels (see `alignment`), which decide: alike patches are no proof, since those of two shirts on one
 table lie alike, but their pixels do not fit. That costs most of the time, and is left out where so few matches follow
 any map that they are chance: so do four fifths of the wrong candidates, and no copy that pixels would prove.
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from skimage.transform import AffineTransform
 from torch import Tensor
 
 from dino_index import geometry
 from dino_index.alignment import agreement, blur_levels, refine
 from dino_index.geometry import Map, Polygon
+from dino_index.matrix_products import product
 
 VERIFIED_SCORE = 0.7
 """Score from which on patches and pixels are taken to show the same."""
@@ -41,6 +41,8 @@ _NUM_PROPOSALS = 400
 # How far a match may lie from where a map puts it, in patches.
 _TOLERANCE = 1.0
 _MIN_MATCHES = 3
+# Keeps the fit to matches on one line from having no solution; it changes others by less than a millionth.
+_RIDGE = 1e-9
 _MIN_INLIERS_TO_FIT = 6
 _MAX_LOOKED_AT, _MAX_TRIED = 60, 7
 # Proposals of which more than this share of the inliers belongs to a better one are the same map.
@@ -213,17 +215,16 @@ def _proposed_maps(
     maps_T23 = maps_T23[_is_plausible(maps_T23, query.aspect, reference.aspect)]
     tolerance = _tolerance(reference)
     follows_TM = _follows(maps_T23, query_M2, reference_M2, tolerance)
-    chosen: list[Map] = []
-    taken: list[NDArray[np.bool_]] = []
-    for number in np.argsort(-follows_TM.sum(axis=1), kind="stable")[:_MAX_LOOKED_AT]:
-        follows_M = follows_TM[number]
-        if any((follows_M & other_M).sum() > _SAME_INLIERS * follows_M.sum() for other_M in taken):
-            continue
-        taken.append(follows_M)
-        chosen.append(_fitted(maps_T23[number], follows_M, query, reference, query_M2, reference_M2))
-        if len(chosen) == _MAX_TRIED:
-            break
-    return chosen
+    best_T = np.argsort(-follows_TM.sum(axis=1), kind="stable")[:_MAX_LOOKED_AT]
+    maps_T23, follows_TM = maps_T23[best_T], follows_TM[best_T]
+    shared_TT = product(follows_TM.astype(np.float32), follows_TM.T.astype(np.float32))
+    chosen: list[int] = []
+    for number, shared_T in enumerate(shared_TT):
+        if not (shared_T[chosen] > _SAME_INLIERS * shared_T[number]).any():
+            chosen.append(number)
+            if len(chosen) == _MAX_TRIED:
+                break
+    return _fitted(maps_T23[chosen], follows_TM[chosen], query, reference, query_M2, reference_M2)
 
 
 def _maps_of_two_matches(
@@ -293,8 +294,8 @@ def _follows(
     tolerance: float,
 ) -> NDArray[np.bool_]:
     """follows_TM: whether a map puts a match's patch where it lies; maps that enlarge are as coarse as their source."""
-    x_TM = maps_T23[:, 0, :2] @ query_M2.T + maps_T23[:, 0, 2:] - reference_M2[:, 0]
-    y_TM = maps_T23[:, 1, :2] @ query_M2.T + maps_T23[:, 1, 2:] - reference_M2[:, 1]
+    x_TM = product(maps_T23[:, 0, :2], query_M2.T) + maps_T23[:, 0, 2:] - reference_M2[:, 0]
+    y_TM = product(maps_T23[:, 1, :2], query_M2.T) + maps_T23[:, 1, 2:] - reference_M2[:, 1]
     determinants_T = maps_T23[:, 0, 0] * maps_T23[:, 1, 1] - maps_T23[:, 0, 1] * maps_T23[:, 1, 0]
     allowed_T1 = tolerance**2 * np.maximum(1, np.abs(determinants_T))[:, None]
     follows: NDArray[np.bool_] = x_TM**2 + y_TM**2 < allowed_T1
@@ -302,25 +303,27 @@ def _follows(
 
 
 def _fitted(
-    map_23: NDArray[np.float32],
-    follows_M: NDArray[np.bool_],
+    maps_T23: NDArray[np.float32],
+    follows_TM: NDArray[np.bool_],
     query: Patches,
     reference: Patches,
     query_M2: NDArray[np.float32],
     reference_M2: NDArray[np.float32],
-) -> Map:
-    """The affine map of all matches that follow the given one, where at least as many follow it."""
-    proposed = np.vstack([map_23, [0, 0, 1]]).astype(np.float64)
-    if follows_M.sum() < _MIN_INLIERS_TO_FIT:
-        return proposed
-    estimate = AffineTransform.from_estimate(query_M2[follows_M], reference_M2[follows_M])
-    if not estimate:
-        return proposed
-    fitted_23 = np.asarray(estimate.params[:2], dtype=np.float32)[None]
-    if not _is_plausible(fitted_23, query.aspect, reference.aspect)[0]:
-        return proposed
-    num_following = _follows(fitted_23, query_M2, reference_M2, _tolerance(reference)).sum()
-    return np.asarray(estimate.params, dtype=np.float64) if num_following >= follows_M.sum() else proposed
+) -> list[Map]:
+    """For each map the affine one of all matches that follow it, by least squares, where as many follow that."""
+    points_M3 = np.column_stack([query_M2, np.ones(len(query_M2))])
+    # All at once and without a decomposition: LAPACK's would wake all processors for each map.
+    normal_T33 = np.einsum("tm,mi,mj->tij", follows_TM, points_M3, points_M3) + _RIDGE * np.eye(3)
+    right_T32 = np.einsum("tm,mi,mj->tij", follows_TM, points_M3, reference_M2)
+    fitted_T23 = np.linalg.solve(normal_T33, right_T32).transpose(0, 2, 1).astype(np.float32)
+    num_following_T = follows_TM.sum(axis=1)
+    is_as_good_T = (
+        (num_following_T >= _MIN_INLIERS_TO_FIT)
+        & _is_plausible(fitted_T23, query.aspect, reference.aspect)
+        & (_follows(fitted_T23, query_M2, reference_M2, _tolerance(reference)).sum(axis=1) >= num_following_T)
+    )
+    chosen_T23 = np.where(is_as_good_T[:, None, None], fitted_T23, maps_T23).astype(np.float64)
+    return [np.vstack([map_23, [0, 0, 1]]) for map_23 in chosen_T23]
 
 
 @torch.inference_mode()

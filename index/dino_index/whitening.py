@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_index.matrix_products import product
 from dino_index.snapshots import normalise
 
 MIN_IMAGES_PER_DIMENSION = 10
@@ -29,7 +30,7 @@ class Whitening:
 
     def apply(self, vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Whitened and scaled to unit length."""
-        return normalise(np.asarray((vectors_ND - self.mean_D) @ self.projection_DD, np.float32))
+        return normalise(product(vectors_ND - self.mean_D, self.projection_DD))
 
 
 def fit_whitening(

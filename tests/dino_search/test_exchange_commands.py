@@ -95,7 +95,8 @@ def test_purge_lists_the_contact_sheet_that_shows_the_image(
     assert ended.code == 0
     assert ended.json() == {
         "collection": "default", "images": 1, "vectors": 2, "snapshots": 0, "verdicts": 0, "whitenings": 0,
-        "shared": [], "reports": sorted([str(sheet), str(tmp_path / "out")]), "backups": [], "problems": [],
+        "uploads": 0, "shared": [], "reports": sorted([str(sheet), str(tmp_path / "out")]), "backups": [],
+        "problems": [],
     }  # fmt: skip
     assert str(filled / "cat" / "0.jpg") not in ids_of(home)
     assert sheet.exists()

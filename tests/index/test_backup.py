@@ -4,6 +4,7 @@ import os
 import sqlite3
 import threading
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import databases
 from catalog_rows import an_image, count_images, fill
 from databases import created_catalog, open_catalog
 from dino_index.catalog import (
+    ApiKeyRow,
     Base,
     CalibrationRow,
     Catalog,
     CollectionRow,
     EmbeddingRow,
     ImageRow,
+    JobRow,
     RemovalRow,
     ReportRow,
     SettingRow,
@@ -66,6 +69,17 @@ def catalog(home: Path) -> Catalog:
             )
         )  # fmt: skip
         session.add(VerdictRow(first_sha256=bytes(32), second_sha256=b"\xff" * 32, decision="not_copy", note="a\nb'\""))
+        session.add(ApiKeyRow(name="page", prefix="ds_abcd", sha256=bytes(32), scope="read", collections=["default"]))
+        session.add(
+            ApiKeyRow(name="all", prefix="ds_efgh", sha256=b"1" * 32, scope="admin", revoked_at=datetime.now(UTC))
+        )
+        failures = [{"path": "/photos/é.jpg", "code": "truncated", "message": "ends"}]
+        session.add(
+            JobRow(
+                kind="index", collection="default", status="done", request={"folders": ["/photos"]}, done=5, total=5,
+                failures=failures, num_failures=1, result={"added": 4}, attempts=1,
+            )
+        )  # fmt: skip
         for version in (1, 2):
             key = {"collection_id": 1, "model_id": 1, "version": version}
             session.add(WhiteningRow(**key, data=bytes(range(256)) * version, facts={"images": 5}))
@@ -331,6 +345,27 @@ def test_a_catalog_with_nothing_but_verdicts_is_not_empty(catalog: Catalog, tmp_
         session.add(VerdictRow(first_sha256=bytes(32), second_sha256=bytes(32), decision="copy"))
     with pytest.raises(CatalogNotEmpty, match="holds 0 images in 0 collections and 1 verdicts already"):
         copy_catalog(catalog, other, databases.url_of(other))
+
+
+def test_jobs_that_had_not_ended_do_not_begin_again_in_a_copy(catalog: Catalog, home: Path, tmp_path: Path) -> None:
+    with catalog.writing() as session:
+        for status in ("queued", "running", "cancelled"):
+            session.add(JobRow(kind="index", collection="c", status=status, request={}, owner="host/1/2"))
+    copy_catalog(catalog, tmp_path / "other", databases.url_of(tmp_path / "other"))
+    with open_catalog(tmp_path / "other").reading() as session:
+        copied = session.execute(select(JobRow.status, JobRow.error_code).order_by(JobRow.id)).all()
+    assert copied == [("done", None), ("failed", "copied"), ("failed", "copied"), ("cancelled", None)]
+    with catalog.reading() as session:
+        statuses = session.scalars(select(JobRow.status).order_by(JobRow.id)).all()
+    assert statuses == ["done", "queued", "running", "cancelled"]
+
+
+def test_a_catalog_with_nothing_but_keys_is_not_empty(catalog: Catalog, tmp_path: Path) -> None:
+    other = created_catalog(tmp_path / "other")
+    with other.writing() as session:
+        session.add(ApiKeyRow(name="page", prefix="ds_abcd", sha256=bytes(32), scope="read"))
+    with pytest.raises(CatalogNotEmpty, match="holds 0 images in 0 collections and 1 API keys already"):
+        copy_catalog(catalog, tmp_path / "other", databases.url_of(tmp_path / "other"))
 
 
 def test_a_catalog_is_not_copied_onto_itself(catalog: Catalog, home: Path) -> None:

@@ -15,16 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save
+from sqlalchemy import select
 
 from databases import open_catalog
-from dino_index.catalog import EmbeddingRow, ImageRow, RemovalRow, ReportRow, SourceRow
+from dino_index.catalog import EmbeddingRow, ImageRow, JobRow, RemovalRow, ReportRow, SourceRow
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.collections import find_collection
 from dino_index.copy_settings import SINGLE_IMAGES, add_whitening
 from dino_index.errors import CatalogError
 from dino_index.exports import export_collection
 from dino_index.integrity import verify_collection
-from dino_index.purging import EXPORT_KIND, PARQUET_KIND, PurgeReport, purge_images, record_report
+from dino_index.purging import EXPORT_KIND, PARQUET_KIND, UPLOADS_FOLDER, PurgeReport, purge_images, record_report
 from dino_index.recording import remove_images
 from dino_index.snapshots import normalise, write_snapshot
 from dino_index.verdicts import RecordedVerdict, load_verdicts, ordered_pair, record_verdicts
@@ -382,3 +383,27 @@ def test_searches_go_on_during_a_purge(home: Path, secret: Path) -> None:
     assert [failure for failure in failures if not isinstance(failure, KeyError)] == []
     assert str(secret) not in findable(home)
     assert os.path.exists(secret)
+
+
+def test_a_purge_deletes_pictures_that_were_sent_to_the_service_and_what_jobs_say_of_them(
+    home: Path, tiny_model: Path
+) -> None:
+    folder = home / UPLOADS_FOLDER / "one"
+    sent, other, bad = write_pictures(folder, "0001-sent.jpg", "0002-other.jpg", "0003-bad.jpg")
+    bad.write_bytes(bad.read_bytes()[:100])
+    index_files(home, tiny_model, folder)
+    index_files(home, tiny_model, other, collection="second")
+    failures = [{"path": str(path), "code": "truncated", "message": "ends"} for path in (bad, Path("/elsewhere.jpg"))]
+    with closing(open_catalog(home)) as catalog, catalog.writing() as session:
+        session.add(JobRow(kind="index", collection="default", status="done", request={}, failures=failures,
+                           num_failures=2))  # fmt: skip
+    wanted = {"name": bad.name.encode()}
+    report = purge(home, sent, other, bad)
+    assert report.uploads == 2
+    assert [path.name for path in folder.iterdir()] == [other.name], "which is an image of another collection, too"
+    assert files_with(home, wanted) == {"name": set()}
+    with closing(open_catalog(home)) as catalog, catalog.reading() as session:
+        row = session.scalars(select(JobRow)).one()
+        assert ([failure["path"] for failure in row.failures], row.num_failures) == (["/elsewhere.jpg"], 2)
+    purge(home, other, collection="second")
+    assert not folder.exists()

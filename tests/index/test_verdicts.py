@@ -18,6 +18,7 @@ from dino_index.verdicts import (
     RecordedVerdict,
     VerdictCounts,
     drop_verdicts,
+    forget_verdict,
     load_verdicts,
     ordered_pair,
     record_verdicts,
@@ -117,3 +118,12 @@ def test_dropping_takes_pairs_with_a_named_picture_on_either_side(catalog: Catal
         assert drop_verdicts(session, [B]) == 2
     with catalog.reading() as session:
         assert load_verdicts(session) == {(C, D): "copy"}
+
+
+def test_one_decision_can_be_taken_back(catalog: Catalog) -> None:
+    record(catalog, a_verdict((A, B)), a_verdict((B, C)))
+    with catalog.writing() as session:
+        assert forget_verdict(session, (A, B))
+        assert not forget_verdict(session, (A, B))
+    with catalog.reading() as session:
+        assert load_verdicts(session) == {(B, C): "copy"}

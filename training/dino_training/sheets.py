@@ -14,16 +14,14 @@ from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 
+from dino_index.heat import with_heat
+
 TILE = 112
 """Side in pixels at which pictures are drawn."""
 NUM_VIEW_ROWS = 8
 NUM_ATTENTION_IMAGES = 16
 _ATTENTION_COLUMNS = 8
 _GAP, _WIDE_GAP = 2, 10
-# Heat from none to most, as in matplotlib's `inferno`: it gets brighter throughout, so that it reads without colour.
-_HEAT_COLOURS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
-_HEAT_QUANTILE = 0.97
-_HEAT_SHARE = 0.75  # of the overlay; the rest is the picture's brightness
 
 
 def draw_views(views: Sequence[NDArray[np.uint8]]) -> Image.Image:
@@ -48,7 +46,7 @@ def draw_attention(pictures_BHWC: NDArray[np.uint8], maps_BHhw: Tensor) -> Image
     tiles: list[NDArray[np.uint8]] = []
     for picture_HWC, map_hw in list(zip(pictures_BHWC, maps_Bhw, strict=True))[:NUM_ATTENTION_IMAGES]:
         tile_TTC = _tile(picture_HWC)
-        tiles += [tile_TTC, _with_heat(tile_TTC, map_hw)]
+        tiles += [tile_TTC, with_heat(tile_TTC, map_hw)]
     width = 2 * min(_ATTENTION_COLUMNS, len(tiles) // 2)
     gaps = [0] + [_GAP if column % 2 else _WIDE_GAP for column in range(1, width)]
     return _sheet([tiles[start : start + width] for start in range(0, len(tiles), width)], gaps)
@@ -56,21 +54,6 @@ def draw_attention(pictures_BHWC: NDArray[np.uint8], maps_BHhw: Tensor) -> Image
 
 def _tile(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels_HWC).resize((TILE, TILE), Resampling.BICUBIC))
-
-
-def _with_heat(tile_TTC: NDArray[np.uint8], map_hw: NDArray[np.float32]) -> NDArray[np.uint8]:
-    lowest, highest = np.quantile(map_hw, (0, _HEAT_QUANTILE))
-    level_hw = np.clip((map_hw - lowest) / max(highest - lowest, 1e-12), 0, 1).astype(np.float32)
-    level_TT = np.asarray(Image.fromarray(level_hw).resize((TILE, TILE), Resampling.BICUBIC))  # overshoots a little
-    grey_TT1 = np.asarray(Image.fromarray(tile_TTC).convert("L"))[..., None]
-    mixed_TTC = _HEAT_SHARE * _heat(level_TT) + (1 - _HEAT_SHARE) * grey_TT1
-    return mixed_TTC.round().astype(np.uint8)
-
-
-def _heat(level_TT: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Colours 0..255 of levels 0..1; of levels outside, those of the nearer end."""
-    stops = np.linspace(0, 1, len(_HEAT_COLOURS))
-    return np.stack([np.interp(level_TT, stops, channel) for channel in zip(*_HEAT_COLOURS, strict=True)], axis=-1)
 
 
 def _sheet(rows: Sequence[Sequence[NDArray[np.uint8]]], gaps: Sequence[int]) -> Image.Image:

@@ -2,11 +2,13 @@
 
 from dino_index.catalog.database import Catalog, bound_parts, storage_errors
 from dino_index.catalog.schema import (
+    ApiKeyRow,
     Base,
     CalibrationRow,
     CollectionRow,
     EmbeddingRow,
     ImageRow,
+    JobRow,
     ModelRow,
     RemovalRow,
     ReportRow,
@@ -18,12 +20,14 @@ from dino_index.catalog.schema import (
 )
 
 __all__ = [
+    "ApiKeyRow",
     "Base",
     "CalibrationRow",
     "Catalog",
     "CollectionRow",
     "EmbeddingRow",
     "ImageRow",
+    "JobRow",
     "ModelRow",
     "RemovalRow",
     "ReportRow",

@@ -25,7 +25,7 @@ from dino_index.catalog.copying import (
     write_portable_copy,
 )
 from dino_index.catalog.database import Catalog
-from dino_index.catalog.schema import SCHEMA_REVISION, CollectionRow
+from dino_index.catalog.schema import SCHEMA_REVISION, CollectionRow, JobRow
 from dino_index.catalog.sqlite import SqliteStore, copy_file
 from dino_index.catalog.store import known_revisions, revision_of, upgrade
 from dino_index.errors import (
@@ -108,8 +108,9 @@ def _fill(source: Catalog, target: Catalog, *, force: bool) -> Replacement:
         kept = None
         if any(found.values()):
             if not force:
-                verdicts = f" and {found['verdict']} verdicts" if found["verdict"] else ""
-                contents = f"{found['image']} images in {found['collection']} collections{verdicts}"
+                contents = f"{found['image']} images in {found['collection']} collections"
+                for table, what in (("verdict", "verdicts"), ("api_key", "API keys"), ("job", "jobs")):
+                    contents += f" and {found[table]} {what}" if found[table] else ""
                 raise CatalogNotEmpty(
                     f"{target.store.place} holds {contents} already; add --force to replace them "
                     "(a copy of them is kept)"
@@ -124,6 +125,7 @@ def _fill(source: Catalog, target: Catalog, *, force: bool) -> Replacement:
             generations = {}
         rows = copy_rows(reading.connection(), connection)
         _advance_beyond(connection, generations)
+        _end_jobs(connection)
     return Replacement(rows=rows, kept=kept)
 
 
@@ -135,6 +137,17 @@ def _advance_beyond(connection: Connection, generations: dict[int, int]) -> None
         advanced = max(generation, highest) + 1
         changed = update(CollectionRow).where(CollectionRow.id == collection_id)
         connection.execute(changed.values(generation=advanced))
+
+
+def _end_jobs(connection: Connection) -> None:
+    """Jobs that were going on where the rows come from do not begin again here."""
+    going_on = update(JobRow).where(JobRow.status.in_(("queued", "running")))
+    connection.execute(
+        going_on.values(
+            status="failed", error_code="copied", owner=None, ended_at=datetime.now(UTC),
+            error_message="it had not ended when the catalog was copied to here; ask for it again",
+        )
+    )  # fmt: skip
 
 
 def _write_copy(catalog: Catalog, path: Path) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dino_index.catalog.column_types import PortableText, UtcDateTime
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 
 # SQLite numbers only INTEGER keys by itself; it stores 64 bits in either case.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -196,3 +196,63 @@ class CalibrationRow(Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     value: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+
+class ApiKeyRow(Base):
+    """A key of the service. Never deleted, so that a log that names it stays clear, and its absence opens nothing."""
+
+    __tablename__ = "api_key"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(PortableText)
+    prefix: Mapped[str] = mapped_column(String(16))
+    """How the key begins: enough for people to tell it from others, of no use to anybody else."""
+    sha256: Mapped[bytes] = mapped_column(LargeBinary(32), unique=True)
+    """Of the whole key, which is kept nowhere."""
+    scope: Mapped[str] = mapped_column(String(8))
+    """`read`, `write` or `admin`; each includes those before it."""
+    collections: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """Names; null: all."""
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class JobRow(Base):
+    """Long work that the service was asked for."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        Index("ix_job_status", "status"),
+        # An id names folders in the home.
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    """`index`, `copies` or `duplicates`."""
+    collection: Mapped[str] = mapped_column(String(255))
+    """By name: an index job may be what makes it."""
+    status: Mapped[str] = mapped_column(String(16))
+    """`queued`, `running`, `done`, `failed` or `cancelled`."""
+    request: Mapped[dict[str, Any]]
+    done: Mapped[int] = mapped_column(BigInteger, default=0)
+    total: Mapped[int | None] = mapped_column(BigInteger)
+    failures: Mapped[list[dict[str, str]]] = mapped_column(JSON, default=list)
+    """`path`, `code` and `message` of the first files that could not be read."""
+    num_failures: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Of all of them."""
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error_code: Mapped[str | None] = mapped_column(String(32))
+    error_message: Mapped[str | None] = mapped_column(PortableText)
+    cancel_asked: Mapped[bool] = mapped_column(default=False)
+    attempts: Mapped[int] = mapped_column(default=0)
+    """How often it was started."""
+    owner: Mapped[str | None] = mapped_column(PortableText)
+    """The server process that runs it."""
+    heartbeat_at: Mapped[datetime | None]
+    """When the owner was last known to be at it."""
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
