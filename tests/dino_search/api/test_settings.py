@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import dino_search.api
 from commands_in_process import Command
 from dino_index.errors import SettingsInvalid
 from dino_search.api.settings import ServiceSettings
@@ -91,3 +92,8 @@ def test_a_public_address_needs_keys_or_the_wish(dino_search: Command, home: Pat
     assert dino_search("serve", "--host", "0.0.0.0").code == 1
     assert dino_search("serve", "--check", "--host", "0.0.0.0", "--allow-public-without-keys").code == 0
     assert dino_search("serve", "--check").code == 0
+
+
+def test_every_setting_is_documented() -> None:
+    text = (Path(dino_search.api.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in ServiceSettings.model_fields if f"`{name.upper()}`" not in text] == []
