@@ -40,6 +40,7 @@ EXTRAS = (
     ("remote", ("fsspec", "s3fs", "gcsfs", "adlfs", "aiohttp"), "images at s3://, gs://, az:// and https:// addresses"),
     ("distributed", ("psycopg",), "a catalog in PostgreSQL"),
     ("tensorboard", ("tensorboard",), "curves of pretraining runs in TensorBoard"),
+    ("tracing", ("opentelemetry.sdk", "opentelemetry.exporter"), "traces of the service's requests"),
 )
 
 
