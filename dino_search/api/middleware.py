@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -225,7 +226,7 @@ class BodyLimits:
             return
         said = Headers(scope=scope).get("Content-Length", "")
         if said.isascii() and said.isdigit() and int(said[:20]) > self._max_bytes:
-            await self._refuse(scope, send, 413)
+            await self._refuse_size(scope, receive, send)
             return
         refusal = 0
         has_answered = is_complete = False
@@ -265,19 +266,40 @@ class BodyLimits:
             if not refusal or has_answered:
                 raise
         if refusal and not has_answered:
-            await self._refuse(scope, send, refusal)
+            if refusal == 413:
+                await self._refuse_size(scope, receive, send)
+            else:
+                # What is left of the body would be taken for the next request.
+                detail = f"expected the whole body within {self._timeout_s:g} s"
+                await send_problem(scope, send, 408, detail, close=True)
 
-    async def _refuse(self, scope: Scope, send: Send, status: int) -> None:
-        if status == 413:
-            detail = f"expected a body of at most {self._max_bytes} bytes, found more"
-        else:
-            detail = f"expected the whole body within {self._timeout_s:g} s"
-        # What is left of the body would be taken for the next request.
-        await send_problem(scope, send, status, detail, close=True)
+    async def _refuse_size(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers at once, and closes the connection when the client has stopped sending, within bounds.
+
+        If it were closed before, the client's system would throw the answer away with what can no longer be sent.
+        """
+        detail = f"expected a body of at most {self._max_bytes} bytes, found more"
+        await send_problem(scope, send, 413, detail, close=True, is_end=False)
+        # A client that asks before it sends has its answer.
+        if "expect" not in Headers(scope=scope):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    num_bytes = 0
+                    while num_bytes <= self._max_bytes:
+                        message = await receive()
+                        num_bytes += len(message.get("body", b""))
+                        if not message.get("more_body", False):
+                            break
+        await send({"type": "http.response.body"})
 
 
-async def send_problem(scope: Scope, send: Send, status: int, detail: str, *, close: bool = False) -> None:
-    """Answers with a problem (RFC 9457) that arose before any operation, or outside of what one expects."""
+async def send_problem(
+    scope: Scope, send: Send, status: int, detail: str, *, close: bool = False, is_end: bool = True
+) -> None:
+    """Answers with a problem (RFC 9457) that arose before any operation, or outside of what one expects.
+
+    close: the connection ends with the answer; is_end: which is now.
+    """
     code, title = _TITLES[status]
     problem = {
         "type": f"/problems/{code}", "title": title, "status": status, "detail": detail, "instance": scope["path"],
@@ -288,4 +310,4 @@ async def send_problem(scope: Scope, send: Send, status: int, detail: str, *, cl
     if close:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": not is_end})

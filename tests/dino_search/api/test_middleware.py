@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -230,6 +231,19 @@ def test_too_large_a_body_is_refused_whoever_reads_it(client: httpx.Client) -> N
     headers = {"content-type": "application/json"}
     assert is_problem(client.post("/json", content=parts, headers=headers), 413, "body-too-large")
     assert is_problem(client.post("/form", files={"a": b"x" * MAX_BYTES}), 413, "body-too-large")
+
+
+@pytest.mark.parametrize("is_length_said", [True, False])
+def test_a_client_that_sends_on_reads_why_its_body_is_refused(port: int, is_length_said: bool) -> None:
+    length = f"Content-Length: {3 * MAX_BYTES}" if is_length_said else "Transfer-Encoding: chunked"
+    part = b"x" * 1000 if is_length_said else b"3e8\r\n" + b"x" * 1000 + b"\r\n"
+    head = f"POST /bytes HTTP/1.1\r\nHost: a\r\n{length}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        # Beyond as much again as a body may have it is cut off.
+        for sent in (head, *[part] * (9 if is_length_said else 18)):
+            connection.sendall(sent)  # all of it is taken, although the answer is there already
+            time.sleep(0.005)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_body_that_is_too_large_by_its_header_is_not_waited_for(port: int) -> None:
