@@ -23,7 +23,6 @@ from dino_index.copy_settings import add_whitening, latest_whitening
 from dino_index.copy_vectors import load_copy_vectors
 from dino_index.errors import CatalogError
 from dino_index.score_normalisation import MAX_BACKGROUND
-from dino_index.snapshots import Vectors
 from dino_index.whitening import MIN_IMAGES_PER_DIMENSION, fit_whitening
 
 logger = logging.getLogger(__name__)

@@ -64,7 +64,7 @@ def fit_whitening(
 def fit_reference_whitening(vectors_ND: NDArray[np.float32]) -> Whitening | None:
     """The whitening of facebookresearch/dino at 7c446df (eval_copy_detection.py); None for fewer than 10 a dimension.
 
-    Unlike `fit_whitening` it takes no mean off, whitens fully, and raises the smallest variances to 1e-5 of the largest.
+    Unlike `fit_whitening` it takes no mean off, whitens fully, and raises variances to 1e-5 of the largest at least.
     """
     num_vectors, dim = vectors_ND.shape
     if num_vectors < MIN_IMAGES_PER_DIMENSION * dim:

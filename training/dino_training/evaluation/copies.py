@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
@@ -152,8 +151,8 @@ def evaluate_copydays(
         counts[name] = len(matched)
     if not figures:
         raise EvaluationImpossible(
-            f"expected copies below {root} that have the names of the pictures in {_ORIGINAL}, found none: strong copies "
-            "share the first four digits of a name (200000.jpg, 200001.jpg), others the whole name"
+            f"expected copies below {root} that have the names of the pictures in {_ORIGINAL}, found none: strong "
+            "copies share the first four digits of a name (200000.jpg, 200001.jpg), others the whole name"
         )
     remarks = [f"{len(originals)} originals, {len(references) - len(originals)} distractors", *search.remarks()]
     if without_original:
@@ -299,8 +298,8 @@ class _Search:
             return descriptor
         if descriptor.whitening is None:
             raise EvaluationImpossible(
-                f"expected a whitening to keep {options.dims} channels of, found none for {self._store.spec.name}; name "
-                "a folder of other pictures to learn it from: --whiten DIR"
+                f"expected a whitening to keep {options.dims} channels of, found none for {self._store.spec.name}; "
+                "name a folder of other pictures to learn it from: --whiten DIR"
             )
         if options.dims > (num_channels := descriptor.whitening.projection_DD.shape[1]):
             raise EvaluationImpossible(f"expected --dims of at most {num_channels}, as many as the model gives, "

@@ -1,6 +1,6 @@
 """Raw vectors of pictures that were embedded before, by the sha256 of what was embedded, a file for each fingerprint.
 
-The cache is derived and may be deleted at any time. One that cannot be read or written costs forward passes, no results.
+The cache is derived and may be deleted at any time. One that cannot be used costs forward passes, no results.
 """
 
 from __future__ import annotations

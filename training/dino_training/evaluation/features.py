@@ -173,6 +173,8 @@ class FeatureStore:
         if again:  # the cache broke between the look and the taking
             self._cache = None
             found += self._embed(again, unreadable)
+            place_of = {file.path: place for place, file in enumerate(files)}
+            found.sort(key=lambda entry: place_of[entry[0]])
         return found
 
     def _size_of(self, sha256: bytes) -> tuple[int, int] | None:

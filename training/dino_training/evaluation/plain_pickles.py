@@ -106,6 +106,18 @@ def _make_scalar(kind: _Type, data: Any = b"") -> Any:
     return value
 
 
+def _array_of_buffer(data: Any, kind: _Type, shape: Any, order: str) -> _Array:
+    """Stands for what protocol 5 makes arrays with."""
+    array = _Array()
+    array.__setstate__((1, shape, kind, order == "F", data))
+    return array
+
+
+def _no_bytes() -> bytes:
+    """Stands for `bytes`, which old protocols write empty bytes with."""
+    return b""
+
+
 def _as_bytes(data: Any) -> bytes:
     return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
@@ -124,6 +136,8 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _Array,
     **{(module, "set"): set for module in ("builtins", "__builtin__")},
     **{(module, "frozenset"): frozenset for module in ("builtins", "__builtin__")},
+    **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _array_of_buffer for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _make_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _make_scalar for core in ("core", "_core")},
 }

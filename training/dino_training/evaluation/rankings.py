@@ -104,14 +104,19 @@ def _rows_of_scores(
         yield from product(queries_QD[begin : begin + size], references_ND.T)
 
 
-def truth_figures(judged: Sequence[Judged], *, seed: int = 0) -> list[Figure]:
-    """Micro-AP and recall at precision .9 over all pairs; mAP and first place over the queries with a match."""
-    pairs = ScoredPairs.of(
+def pairs_of(judged: Sequence[Judged]) -> ScoredPairs:
+    """The candidates of all queries in one list. judged: one or more."""
+    return ScoredPairs.of(
         np.concatenate([query.scores_K for query in judged]),
         np.concatenate([query.correct_K for query in judged]),
         np.repeat(np.arange(len(judged)), [len(query.scores_K) for query in judged]),
         np.array([query.num_matches for query in judged], np.int64),
     )
+
+
+def truth_figures(judged: Sequence[Judged], *, seed: int = 0) -> list[Figure]:
+    """Micro-AP and recall at precision .9 over all pairs; mAP and first place over the queries with a match."""
+    pairs = pairs_of(judged)
     found = pairs.figures()
 
     def of_sample(times_Q: NDArray[np.int64]) -> tuple[float, float]:

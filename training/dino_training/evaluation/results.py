@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """protocol: what was done, in a few words. facts: JSON values that say on what. remarks: what people should know."""
+    """protocol: what was done, in a few words. facts: JSON values that say on what. remarks: for people."""
 
     protocol: str
     figures: Sequence[Figure]

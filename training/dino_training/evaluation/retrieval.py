@@ -63,6 +63,11 @@ class _Scales:
             return only is None or Path(path).stem in only
 
         parts = [store.embed_folder(folder, only=is_wanted) for store in self.stores]
+        if any(part.paths != parts[0].paths for part in parts):
+            raise EvaluationImpossible(
+                f"expected the same pictures below {parts[0].folder} for each scale, found files that came or went "
+                "meanwhile; try again when nothing changes there"
+            )
         return parts[0], _mean_direction([pictures.cls_ND for pictures in parts])
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:

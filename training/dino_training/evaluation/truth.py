@@ -148,7 +148,9 @@ class Truth:
 
 
 def find_truth(named: NamedTruth, queries: Pictures, references: Pictures, *, search_all: bool = False) -> Truth:
-    """Truth by position. search_all: queries that it does not name have no match, where they are else not searched with.
+    """Truth by position.
+
+    search_all: queries that it does not name have no match, where they are else not searched with.
 
     Raises EvaluationImpossible where no query with a match is left.
     """
