@@ -14,7 +14,9 @@ import argparse
 import numpy as np
 import torch
 from material import report, report_ratio, seconds
+from numpy.typing import NDArray
 
+from dino_index.snapshots import normalise
 from dino_training.evaluation.voting import knn_places
 
 # Of a plain product at a time: 10,000 x 100,000 cosines would be 4 GB.
@@ -31,9 +33,9 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(0)
 
-    def unit_vectors(number: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    def unit_vectors(number: int) -> NDArray[np.float32]:
         vectors = rng.standard_normal((number, options.dim), np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return normalise(vectors)
 
     train, queries = unit_vectors(options.train), unit_vectors(options.queries)
     train_classes = rng.integers(options.classes, size=options.train)
@@ -41,7 +43,7 @@ def main() -> None:
     columns = torch.from_numpy(train).T
 
     def plain() -> None:
-        for part in torch.from_numpy(queries).split(_QUERIES_PER_PRODUCT):
+        for part in torch.split(torch.from_numpy(queries), _QUERIES_PER_PRODUCT):
             torch.mm(part, columns)
 
     torch.mm(torch.from_numpy(queries[:64]), columns)  # what only the first product does

@@ -206,8 +206,8 @@ def test_copydays_and_isc_are_evaluated(dino_search: Command, tiny_model: Path, 
     write_pictures(tmp_path / "others", "a.jpg", "b.jpg", "c.jpg", seed=40)
     common: list[str | Path] = ["--model", tiny_model, "--json", "--no-verify"]
     copydays = dino_search(
-        "evaluate", "copies", "--layout", "copydays", "--queries", tmp_path / "days", "--references", tmp_path / "others",
-        *common,
+        "evaluate", "copies", "--layout", "copydays", "--queries", tmp_path / "days",
+        "--references", tmp_path / "others", *common,
     )  # fmt: skip
     assert copydays.json()["map"] == {"strong": 1.0, "jpegqual/3": 1.0}
     assert copydays.json()["distractors"]["images"] == 3

@@ -15,7 +15,7 @@ from dino_index.errors import TruthUnusable
 from dino_training.evaluation.plain_pickles import as_list, read_plain_pickle
 from dino_training.evaluation.revisited import read_revisited
 
-QUERY = {"bbx": [1.0, 2.0, 30.0, 40.0], "easy": [0, 1], "hard": [2], "junk": [3]}
+QUERY: dict[str, Any] = {"bbx": [1.0, 2.0, 30.0, 40.0], "easy": [0, 1], "hard": [2], "junk": [3]}
 
 
 def gnd(**changed: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def written(path: Path, value: Any, protocol: int = 2) -> Path:
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_numbers_and_containers_come_back(tmp_path: Path, protocol: int) -> None:
-    value = {
+    value: dict[str, Any] = {
         "ints": np.array([3, 1, 2]), "small": np.array([1], np.int16), "swapped": np.array([1, 2], ">i4"),
         "floats": np.array([[1.5, 2], [3, 4]]), "columns": np.asfortranarray([[1, 2], [3, 4]]),
         "text": np.array(["a", "bc"]), "objects": np.array(["a", "long"], object), "empty": np.array([]),
@@ -37,7 +37,7 @@ def test_arrays_numbers_and_containers_come_back(tmp_path: Path, protocol: int) 
     }  # fmt: skip
     read = read_plain_pickle(written(tmp_path / "x.pkl", value, protocol))
     for name in ("ints", "small", "swapped", "floats", "columns", "text", "objects", "empty", "flag"):
-        assert as_list(read[name]) == value[name].tolist(), name  # type: ignore[attr-defined]
+        assert as_list(read[name]) == value[name].tolist(), name
     assert (read["number"], read["tuple"], read["set"]) == (2.5, value["tuple"], {1, 2})
 
 
@@ -117,5 +117,5 @@ def test_other_contents_are_refused_by_what_was_expected(tmp_path: Path, content
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TruthUnusable, match="none.pkl"):
+    with pytest.raises(TruthUnusable, match=r"none\.pkl"):
         read_revisited(tmp_path / "none.pkl")

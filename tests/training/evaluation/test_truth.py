@@ -59,7 +59,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, lines: list[str]) -
 
 
 def test_a_missing_truth_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TruthUnusable, match="gone.csv"):
+    with pytest.raises(TruthUnusable, match=r"gone\.csv"):
         read_truth(tmp_path / "gone.csv")
 
 

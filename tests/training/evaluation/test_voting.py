@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dino_index.knn import vote
+from dino_index.snapshots import normalise
 from dino_training.evaluation import neighbours, voting
 from dino_training.evaluation.neighbours import nearest_in_blocks
 from dino_training.evaluation.voting import NO_CLASS, knn_places
@@ -15,7 +16,7 @@ from dino_training.evaluation.voting import NO_CLASS, knn_places
 
 def unit_vectors(number: int, seed: int, dim: int = 12) -> NDArray[np.float32]:
     vectors = np.random.default_rng(seed).standard_normal((number, dim), np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normalise(vectors)
 
 
 def slow_places(

@@ -53,7 +53,7 @@ def precision_at(ranks_R: NDArray[np.int64], k: int) -> float:
 
 def ranks_without_junk(matches_N: NDArray[np.bool_], junk_N: NDArray[np.bool_]) -> NDArray[np.int64]:
     """ranks_R: how many items other than junk stand before each match. Both by place in the ranking, best first."""
-    counted_before_N = np.cumsum(~junk_N) - ~junk_N
+    counted_before_N: NDArray[np.int64] = np.cumsum(~junk_N) - ~junk_N
     ranks_R: NDArray[np.int64] = counted_before_N[matches_N & ~junk_N]
     return ranks_R
 
@@ -126,8 +126,8 @@ class ScoredPairs:
 
 def _ends(times_P: NDArray[np.int64], is_last_of_score_P: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Whether each repeated pair is the last one of its score."""
-    group_P = np.cumsum(is_last_of_score_P) - is_last_of_score_P
-    repeated = np.repeat(group_P, times_P)
+    group_P: NDArray[np.int64] = np.cumsum(is_last_of_score_P) - is_last_of_score_P
+    repeated: NDArray[np.int64] = np.repeat(group_P, times_P)
     return np.append(repeated[1:] != repeated[:-1], True)[: len(repeated)]
 
 

@@ -22,7 +22,7 @@ def nearest_in_blocks(queries_QD: Tensor, vectors_ND: Tensor, k: int) -> Iterato
     Both float32 and on one device. k: 1 or more; K is the number of vectors where they are fewer.
     Of vectors with equal products at the last place, which one is taken does not depend on the run.
     """
-    for queries in queries_QD.split(_QUERIES_PER_BLOCK):
+    for queries in torch.split(queries_QD, _QUERIES_PER_BLOCK):
         scores, positions = _nearest(queries, vectors_ND, k)
         yield scores, positions
 
@@ -30,7 +30,7 @@ def nearest_in_blocks(queries_QD: Tensor, vectors_ND: Tensor, k: int) -> Iterato
 def _nearest(queries_QD: Tensor, vectors_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best_scores: list[Tensor] = []
     best_positions: list[Tensor] = []
-    for number, block_BD in enumerate(vectors_ND.split(_VECTORS_PER_BLOCK)):
+    for number, block_BD in enumerate(torch.split(vectors_ND, _VECTORS_PER_BLOCK)):
         scores_QK, positions_QK = _largest(queries_QD @ block_BD.T, k)
         best_scores.append(scores_QK)
         best_positions.append(positions_QK + number * _VECTORS_PER_BLOCK)

@@ -51,7 +51,7 @@ def judge_candidates(
     k: only the best so many count; None for all.
     """
     kept = [number for number, reference in enumerate(references_K) if reference not in truth.ignored]
-    scores = np.round(np.array([scores_K[number] for number in kept], np.float64), _SCORE_DECIMALS)
+    scores = np.array([scores_K[number] for number in kept], np.float64).round(_SCORE_DECIMALS)
     correct = np.array([references_K[number] in truth.matches for number in kept], np.bool_)
     order = worst_order(scores, correct)[:k]
     return Judged(
@@ -68,7 +68,8 @@ def judge_all(scores_N: NDArray[np.float32], truth: QueryTruth, num_candidates: 
     counted_N[list(truth.ignored)] = False
     correct_N = np.zeros(len(scores_N), np.bool_)
     correct_N[list(truth.matches)] = True
-    scores, correct = np.round(scores_N[counted_N].astype(np.float64), _SCORE_DECIMALS), correct_N[counted_N]
+    scores = scores_N[counted_N].astype(np.float64).round(_SCORE_DECIMALS)
+    correct = correct_N[counted_N]
     own_R, others = np.sort(scores[correct])[::-1], np.sort(scores[~correct])
     before_R = len(others) - np.searchsorted(others, own_R, side="left")
     if len(scores) > num_candidates:

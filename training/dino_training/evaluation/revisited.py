@@ -106,6 +106,7 @@ def revisited_figures(judged: Mapping[str, Sequence[Judged]], *, seed: int = 0) 
     """
     figures = []
     for difficulty, queries in judged.items():
+        columns: dict[tuple[str, ...], list[float]]
         columns = {("map",): [trapezoid_average_precision(query.ranks_R, query.num_matches) for query in queries]}
         for k in _PLACES:
             columns["mp", str(k)] = [precision_at(query.ranks_R, k) for query in queries]

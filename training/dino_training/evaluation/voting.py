@@ -70,11 +70,12 @@ def knn_places(
     num_voting = max(1, _MAX_VOTES // num_classes)
     begin = 0
     for scores_QK, positions_QK in nearest_in_blocks(torch.from_numpy(queries_QD).to(device), vectors_ND, max(ks)):
-        for scores, positions in zip(scores_QK.split(num_voting), positions_QK.split(num_voting), strict=True):
+        parts = torch.split(scores_QK, num_voting), torch.split(positions_QK, num_voting)
+        for scores, positions in zip(*parts, strict=True):
             own = own_Q[begin : begin + len(scores)]
             classes_QK = labels_N[positions]
             for k in ks:
                 votes_QL = class_votes(scores[:, :k], classes_QK[:, :k], num_classes, temperature)
                 places[k].append(places_of(votes_QL, own))
             begin += len(scores)
-    return {k: torch.cat(parts).cpu().numpy() for k, parts in places.items()}
+    return {k: torch.cat(found).cpu().numpy() for k, found in places.items()}
