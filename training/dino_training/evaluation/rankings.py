@@ -40,7 +40,7 @@ class Judged:
 
     @property
     def is_match_first(self) -> bool:
-        return bool(len(self.ranks_R)) and self.ranks_R[0] == 0
+        return bool((self.ranks_R[:1] == 0).any())
 
 
 def judge_candidates(
