@@ -45,6 +45,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "filter": 422,
     "recipe": 500, "run": 500, "run_exists": 500, "run_not_found": 500, "too_few_images": 500,
     "training_diverged": 500,
+    "evaluation": 500, "truth_unusable": 500, "evaluation_impossible": 500,
     "exchange": 422, "not_an_export": 422, "export_too_new": 422, "export_incomplete": 422, "export_damaged": 422,
     "calibration_impossible": 409,
     "action": 409, "action_unsupported": 409, "action_log_unusable": 409,

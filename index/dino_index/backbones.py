@@ -85,6 +85,12 @@ class Backbone:
         return len(self._devices)
 
     @property
+    def patch_size(self) -> int:
+        """Side in pixels of the patches that fill a picture; 1 for an architecture that takes any size."""
+        patch_embed = getattr(self._replicas[0].model, "patch_embed", None)
+        return int(getattr(patch_embed, "patch_size", (1,))[0])
+
+    @property
     def max_waiting(self) -> int:
         """Batches to hand over before waiting for the oldest: a GPU is not to wait for its next pixels."""
         return self.num_passes if self._is_shared else 2 * self.num_passes

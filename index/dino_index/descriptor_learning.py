@@ -6,12 +6,13 @@ Shapes: N images, B background images, C channels of a copy vector.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -22,7 +23,6 @@ from dino_index.copy_settings import add_whitening, latest_whitening
 from dino_index.copy_vectors import load_copy_vectors
 from dino_index.errors import CatalogError
 from dino_index.score_normalisation import MAX_BACKGROUND
-from dino_index.snapshots import Vectors
 from dino_index.whitening import MIN_IMAGES_PER_DIMENSION, fit_whitening
 
 logger = logging.getLogger(__name__)
@@ -67,34 +67,48 @@ def copy_descriptor(
         return learned
 
 
+def learn_descriptor(
+    shipped: CopyDescriptor, joined_NC: NDArray[np.float32], sha256: Sequence[bytes]
+) -> tuple[CopyDescriptor, list[str]]:
+    """What pictures teach a descriptor, and what that was: whitening, background, both or nothing.
+
+    joined_NC: their copy vectors, not whitened. sha256: whose they are.
+    """
+    learned: list[str] = []
+    whitening = shipped.whitening
+    if whitening is None and (whitening := fit_whitening(joined_NC)) is not None:
+        learned.append("whitening")
+    elif whitening is None:
+        logger.info("no whitening: %d images, %d a dimension are needed", len(joined_NC), MIN_IMAGES_PER_DIMENSION)
+    descriptor = replace(shipped, whitening=whitening)
+    chosen, positions = _choose_background(sha256)
+    if len(chosen) >= MIN_OWN_BACKGROUND:
+        descriptor = replace(descriptor, background_BC=joined_NC[positions], background_sha256=chosen)
+        learned.append("background")
+    return descriptor, learned
+
+
 def _learn(
     session: Session, collection: CollectionInfo, shipped: CopyDescriptor
 ) -> tuple[CopyDescriptor, dict[str, Any]]:
     """The descriptor and facts about it; no facts where nothing was learned."""
-    learned: list[str] = []
-    whitening = shipped.whitening
     joined = load_copy_vectors(session, collection, CopyDescriptor())
-    if whitening is None and (whitening := fit_whitening(joined.vectors_ND)) is not None:
-        learned.append("whitening")
-    elif whitening is None:
-        logger.info("no whitening: %d images, %d a dimension are needed", len(joined), MIN_IMAGES_PER_DIMENSION)
-    descriptor = replace(shipped, whitening=whitening)
-    sha256, positions = _choose_background(session, joined)
-    if len(sha256) >= MIN_OWN_BACKGROUND:
-        descriptor = replace(descriptor, background_BC=joined.vectors_ND[positions], background_sha256=sha256)
-        learned.append("background")
+    position_by_id = {image_id: position for position, image_id in enumerate(joined.ids_N.tolist())}
+    digests = [b""] * len(joined)
+    for part in bound_parts(list(position_by_id)):
+        for image_id, digest in session.execute(select(ImageRow.id, ImageRow.sha256).where(ImageRow.id.in_(part))):
+            digests[position_by_id[image_id]] = digest or b""
+    descriptor, learned = learn_descriptor(shipped, joined.vectors_ND, digests)
     if not learned:
         return descriptor, {}
     return descriptor, {"images": len(joined), "learned": " and ".join(learned)}
 
 
-def _choose_background(session: Session, joined: Vectors) -> tuple[tuple[bytes, ...], np.ndarray[Any, Any]]:
+def _choose_background(sha256: Sequence[bytes]) -> tuple[tuple[bytes, ...], NDArray[np.int64]]:
     """Distinct images, those of the lowest sha256: as good as random, and the same wherever they are chosen."""
     position_of: dict[bytes, int] = {}
-    position_by_id = {image_id: position for position, image_id in enumerate(joined.ids_N.tolist())}
-    for part in bound_parts(list(position_by_id)):
-        for image_id, digest in session.execute(select(ImageRow.id, ImageRow.sha256).where(ImageRow.id.in_(part))):
-            if digest is not None:
-                position_of.setdefault(digest, position_by_id[image_id])
+    for position, digest in enumerate(sha256):
+        if digest:
+            position_of.setdefault(digest, position)
     chosen = sorted(position_of)[:MAX_BACKGROUND]
-    return tuple(chosen), np.array([position_of[digest] for digest in chosen])
+    return tuple(chosen), np.array([position_of[digest] for digest in chosen], np.int64)

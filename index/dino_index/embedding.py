@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from dino_index.images import decode
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone
+
+_Given = TypeVar("_Given")
+_Loaded = TypeVar("_Loaded")
 
 _FIRST_BATCH_SIZE = 16
 # Files that need no forward pass are recorded in larger transactions, but not without end.
@@ -128,7 +131,7 @@ def embed_files(
     with ExitStack() as stack:
         # Until a picture needs the model, batches hold only what needs no forward pass.
         forward, max_waiting = stack.enter_context(ThreadPoolExecutor(1)), 1
-        for outcome in _in_order(load, files, settings.num_workers, num_ahead):
+        for outcome in in_order(load, files, settings.num_workers, num_ahead):
             if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
                 new.setdefault(outcome.facts.sha256, outcome.pixels_HWC)
                 outcome = _Decoded(outcome.file, outcome.facts, None)
@@ -184,18 +187,18 @@ def _load(
     return _Decoded(file, facts, picture.pixels_HWC)
 
 
-def _in_order(
-    load: Callable[[ListedFile], _Decoded | FailedFile],
-    files: Iterable[ListedFile],
+def in_order(
+    load: Callable[[_Given], _Loaded],
+    items: Iterable[_Given],
     num_workers: int,
     ahead: Callable[[], int],
-) -> Iterator[_Decoded | FailedFile]:
-    """`load` of each file by worker threads, in the files' order, and so many files ahead of the caller."""
-    pending: deque[Future[_Decoded | FailedFile]] = deque()
+) -> Iterator[_Loaded]:
+    """`load` of each item by worker threads, in the items' order, and so many items ahead of the caller."""
+    pending: deque[Future[_Loaded]] = deque()
     workers = ThreadPoolExecutor(num_workers, "decode")
     try:
-        for file in files:
-            pending.append(workers.submit(load, file))
+        for item in items:
+            pending.append(workers.submit(load, item))
             while len(pending) >= ahead() + num_workers:
                 yield pending.popleft().result()
         while pending:

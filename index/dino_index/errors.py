@@ -43,6 +43,9 @@ DinoSearchError
 │   ├── RunNotFound         nothing to resume, or a checkpoint that cannot be read
 │   ├── TooFewImages        fewer images than a batch takes
 │   └── TrainingDiverged    loss or gradients stayed infinite or not a number
+├── EvaluationError
+│   ├── TruthUnusable       a file of what is right that cannot be read, is none, or could run code
+│   └── EvaluationImpossible  too little to measure anything on: one class, no query with a match
 ├── ExchangeError
 │   ├── NotAnExport         a folder that `export` did not write
 │   ├── ExportTooNew        written by a newer version of this program
@@ -298,6 +301,20 @@ class TooFewImages(RunError):
 
 class TrainingDiverged(RunError):
     code = "training_diverged"
+
+
+class EvaluationError(DinoSearchError):
+    """An evaluation that cannot be done as asked."""
+
+    code = "evaluation"
+
+
+class TruthUnusable(EvaluationError):
+    code = "truth_unusable"
+
+
+class EvaluationImpossible(EvaluationError):
+    code = "evaluation_impossible"
 
 
 class ExchangeError(DinoSearchError):

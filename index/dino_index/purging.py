@@ -46,6 +46,8 @@ PARQUET_KIND = "parquet"
 PARQUET_PATHS = ("query", "reference")
 UPLOADS_FOLDER = "uploads"
 """Of a home: pictures that were sent to the service, and lie nowhere else."""
+EVALUATION_FOLDER = "evaluation"
+"""Of a home: vectors that evaluations keep of pictures anywhere, to be made again at any time."""
 _LOCK = "lock"
 _DATABASE_LOG = "*-wal"
 _BACKUPS = "*.backup*"
@@ -91,6 +93,7 @@ def purge_images(catalog: Catalog, collection: CollectionInfo, image_ids: Sequen
     report.uploads = _delete_uploads(catalog, image_ids, paths)
     _remove_rows(catalog, collection, image_ids, paths, report)
     report.snapshots = _rewrite_snapshots(catalog)
+    shutil.rmtree(catalog.home / EVALUATION_FOLDER, ignore_errors=True)
     catalog.reclaim_space()
     _check_log(catalog, report)
     report.reports = _reports_that_name(catalog, paths)

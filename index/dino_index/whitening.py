@@ -1,6 +1,6 @@
 """PCA whitening of copy vectors: directions in which all pictures differ anyway count less.
 
-Shapes: N vectors, D channels.
+Shapes: N vectors, D channels, E channels that are left of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHRINKAGE = 0.1
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Whitening:
-    """mean_D, projection_DD: float32."""
+    """mean_D, projection_DD: float32. The directions stand in the order of rising variance."""
 
     mean_D: NDArray[np.float32]
     projection_DD: NDArray[np.float32]
@@ -31,6 +31,11 @@ class Whitening:
     def apply(self, vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Whitened and scaled to unit length."""
         return normalise(product(vectors_ND - self.mean_D, self.projection_DD))
+
+    def reduced(self, num_channels: int) -> Whitening:
+        """The same with the directions of the largest variance alone: vectors of E channels. num_channels: 1..D."""
+        assert 1 <= num_channels <= self.projection_DD.shape[1], num_channels
+        return Whitening(self.mean_D, np.ascontiguousarray(self.projection_DD[:, -num_channels:]))
 
 
 def fit_whitening(
@@ -54,3 +59,17 @@ def fit_whitening(
     shrunk_D = (1 - shrinkage) * np.maximum(variances_D, 0) / average + shrinkage
     projection_DD = directions_DD * shrunk_D ** (-power / 2)
     return Whitening(mean_D.astype(np.float32), projection_DD.astype(np.float32))
+
+
+def fit_reference_whitening(vectors_ND: NDArray[np.float32]) -> Whitening | None:
+    """The whitening of facebookresearch/dino at 7c446df (eval_copy_detection.py); None for fewer than 10 a dimension.
+
+    Unlike `fit_whitening` it takes no mean off, whitens fully, and raises variances to 1e-5 of the largest at least.
+    """
+    num_vectors, dim = vectors_ND.shape
+    if num_vectors < MIN_IMAGES_PER_DIMENSION * dim:
+        return None
+    wide_ND = vectors_ND.astype(np.float64)
+    variances_D, directions_DD = np.linalg.eigh(wide_ND.T @ wide_ND / num_vectors)
+    floored_D = np.maximum(variances_D, 1e-5 * variances_D.max())
+    return Whitening(np.zeros(dim, np.float32), (directions_DD * floored_D**-0.5).astype(np.float32))

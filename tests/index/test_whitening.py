@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dino_index.whitening import MIN_IMAGES_PER_DIMENSION, fit_whitening
+from dino_index.whitening import MIN_IMAGES_PER_DIMENSION, fit_reference_whitening, fit_whitening
 
 DIM = 8
 
@@ -72,3 +72,34 @@ def test_too_few_vectors_teach_nothing() -> None:
 
 def test_equal_vectors_teach_nothing() -> None:
     assert fit_whitening(np.ones((200, DIM), np.float32)) is None
+
+
+def test_the_reference_whitening_takes_no_mean_off_and_evens_out_all_directions() -> None:
+    vectors_ND = stretched(2000)
+    whitening = fit_reference_whitening(vectors_ND)
+    assert whitening is not None
+    assert not whitening.mean_D.any()
+    whitened_ND = vectors_ND @ whitening.projection_DD
+    assert whitened_ND.T @ whitened_ND / len(vectors_ND) == pytest.approx(np.eye(DIM), abs=1e-3)
+    assert fit_reference_whitening(vectors_ND[: MIN_IMAGES_PER_DIMENSION * DIM - 1]) is None
+
+
+def test_the_reference_whitening_raises_the_smallest_variances() -> None:
+    vectors_ND = stretched(2000)
+    vectors_ND[:, -1] = 0
+    whitening = fit_reference_whitening(vectors_ND)
+    assert whitening is not None
+    assert np.isfinite(whitening.projection_DD).all()
+    largest = np.linalg.eigvalsh(vectors_ND.T.astype(float) @ vectors_ND / len(vectors_ND)).max()
+    assert np.linalg.norm(whitening.projection_DD[:, 0]) == pytest.approx((1e-5 * largest) ** -0.5, rel=1e-3)
+
+
+def test_reduced_vectors_keep_the_directions_of_the_largest_variance() -> None:
+    vectors_ND = stretched(2000)
+    whitening = fit_whitening(vectors_ND, power=0)
+    assert whitening is not None
+    reduced = whitening.reduced(1)
+    assert abs(reduced.projection_DD[0, 0]) == pytest.approx(1, abs=1e-3)
+    assert reduced.apply(vectors_ND[:5]).shape == (5, 1)
+    all_of_it = whitening.reduced(DIM)
+    assert np.array_equal(all_of_it.projection_DD, whitening.projection_DD)

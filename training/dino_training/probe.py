@@ -18,6 +18,7 @@ from torch import Tensor
 from dino_index.edits import apply_edits
 from dino_index.errors import ImageError, NoImagesFound
 from dino_index.images import load_image
+from dino_training.evaluation.voting import class_votes
 
 Embed = Callable[[NDArray[np.uint8]], tuple[Tensor, Tensor]]
 
@@ -27,7 +28,6 @@ EDIT_KINDS = (
     "reencode", "crop", "grey", "blur", "caption", "overlay", "paste", "rotate_small", "mirror", "colour", "screenshot",
 )  # fmt: skip
 NUM_NEIGHBOURS = 20
-TEMPERATURE = 0.07  # of a neighbour's vote, as in arXiv 2104.14294, section 4.1
 _BATCH_SIZE = 64
 _TIE = 1e-6  # cosines in float32 that are closer than this count as equal
 
@@ -164,6 +164,5 @@ def _knn_top1(cls_ND: Tensor, labels_N: Tensor) -> float:
     """Leave-one-out accuracy of the vote that `dino_index.knn.vote` counts, for all images at once."""
     scores_NN = (cls_ND @ cls_ND.T).fill_diagonal_(-torch.inf)
     scores_NK, neighbours_NK = scores_NN.topk(min(NUM_NEIGHBOURS, len(cls_ND) - 1))
-    weights_NK = torch.exp((scores_NK - scores_NK[:, :1]) / TEMPERATURE)
-    votes_NL = torch.zeros(len(cls_ND), int(labels_N.max()) + 1).scatter_add_(1, labels_N[neighbours_NK], weights_NK)
+    votes_NL = class_votes(scores_NK, labels_N[neighbours_NK], int(labels_N.max()) + 1)
     return float((votes_NL.argmax(dim=1) == labels_N).float().mean())
