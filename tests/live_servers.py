@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -27,6 +27,16 @@ def serving(app: Any, **options: Any) -> Iterator[int]:
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+def waits_until(condition: Callable[[], bool], within_s: float = 20) -> bool:
+    """Whether the condition comes true in that time."""
+    until = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def talk(port: int, *parts: bytes, pause_s: float = 0.0) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from dino_search.api.engine import Engine
 from dino_search.api.serving import Server, make_server
 from dino_search.api.settings import ServiceSettings
+from live_servers import waits_until
 
 _STARTS_WITHIN_S = 60
 
@@ -42,24 +42,18 @@ def running_service(home: Path, *, ready: bool = True, **settings: Any) -> Itera
     thread = threading.Thread(target=server.run, name="service")
     thread.start()
     try:
-        _wait(lambda: server.started)
+        assert waits_until(lambda: server.started, _STARTS_WITHIN_S), "the service did not start"
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
             if ready:
-                _wait(lambda: http.get("/readyz").status_code == 200)
+                is_ready = waits_until(lambda: http.get("/readyz").status_code == 200, _STARTS_WITHIN_S)
+                assert is_ready, "the service did not become ready"
             app = server.config.app
             assert isinstance(app, FastAPI)
             yield RunningService(url=url, http=http, server=server, app=app)
     finally:
         server.should_exit = True
         thread.join()
-
-
-def _wait(condition: Any) -> None:
-    until = time.monotonic() + _STARTS_WITHIN_S
-    while not condition():
-        assert time.monotonic() < until, "the service did not start"
-        time.sleep(0.02)
 
 
 def is_problem(answer: httpx.Response, status: int, code: str) -> bool:

@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 
 from dino_search.api.json_logs import request_id
 from dino_search.api.middleware import API_POLICY, PAGE_POLICY, MiddlewareOptions, add_middleware, docs_policy
-from live_servers import serving, talk
+from live_servers import serving, talk, waits_until
 
 MAX_BYTES = 10_000
 TIMEOUT_S = 0.5
@@ -201,9 +201,7 @@ def test_each_request_is_logged_without_its_query(client: httpx.Client, caplog: 
 
     with caplog.at_level(logging.INFO, "dino_search.access"):
         client.get("/status/404?filter=private")
-        until = time.monotonic() + 10
-        while not ours() and time.monotonic() < until:
-            time.sleep(0.01)
+        assert waits_until(lambda: bool(ours()))
     (record,) = ours()
     facts = record.facts  # type: ignore[attr-defined]
     assert (facts["method"], facts["path"], facts["status"], facts["bytes"]) == ("GET", "/status/404", 404, 2)

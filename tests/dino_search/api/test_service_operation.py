@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import httpx
 import pytest
 
 from dino_search.api.batching import ForwardPasses
+from live_servers import waits_until
 from running_service import RunningService, is_problem, running_service
 from sample_collections import index_files, jpeg, write_pictures
 
@@ -39,15 +39,6 @@ def held_passes(service: RunningService, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield may_go
     finally:
         may_go.release(1000)
-
-
-def waits_until(condition: Callable[[], bool], within_s: float = 20) -> bool:
-    until = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def passes_of(service: RunningService) -> ForwardPasses:
