@@ -2,13 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 
 from dino_index.backbones import Backbone
 from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
@@ -26,16 +24,9 @@ from dino_index.copy_search import CopySearch
 from dino_index.edits import apply_edits
 from dino_index.model_files import resolve_model
 from dino_index.snapshots import Vectors
+from photographs import photograph
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "camera", "immunohistochemistry", "retina")
-
-
-@cache
-def photograph(name: str) -> Image.Image:
-    pixels: Any = getattr(data, name)()
-    image = Image.fromarray(pixels).convert("RGB")
-    image.thumbnail((400, 300))
-    return image
 
 
 @cache

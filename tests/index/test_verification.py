@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from skimage import data
 
 from dino_index import geometry
 from dino_index.backbones import Backbone
@@ -17,18 +15,10 @@ from dino_index.edits import apply_edits
 from dino_index.images import load_image
 from dino_index.model_files import resolve_model
 from dino_index.verification import NOTHING, Patches, Verification, match, patches_of, verify, verify_best
+from photographs import photograph
 
 SURE = 0.9
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "immunohistochemistry", "retina")
-
-
-@cache
-def photograph(name: str) -> Image.Image:
-    """At most 300 px high: as large as the pictures that people post."""
-    pixels: Any = getattr(data, name)()
-    image = Image.fromarray(pixels).convert("RGB")
-    image.thumbnail((400, 300))
-    return image
 
 
 @cache
