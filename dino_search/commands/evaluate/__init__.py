@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from dino_search.commands.evaluate.ablation import ablation
 from dino_search.commands.evaluate.copies import copies
 from dino_search.commands.evaluate.knn import knn
 from dino_search.commands.evaluate.retrieval import retrieval
@@ -23,4 +24,7 @@ def add_commands(app: typer.Typer) -> None:
     evaluate.command(
         "copies", epilog="dino-search evaluate copies --queries ./copies --references ./originals --truth truth.csv"
     )(copies)
+    evaluate.command(
+        "ablation", epilog="dino-search evaluate ablation --train ./train --val ./val --out ablation --steps 500"
+    )(ablation)
     app.add_typer(evaluate, name="evaluate")
