@@ -55,7 +55,7 @@ def test_mnist_is_read_from_its_files(tmp_path: Path, compress: bool) -> None:
     assert source.labels == ["3", "0", "9", "9", "1"]
     suffix = ".gz" if compress else ""
     assert source.names[3] == str(tmp_path / f"{IMAGES}{suffix}/00003")
-    assert source.skipped == {"file for testing": 1}
+    assert source.skipped == {"file for another purpose": 1}
 
 
 def test_pictures_need_not_be_square(tmp_path: Path) -> None:
@@ -179,8 +179,9 @@ def test_labels_are_not_looked_at_where_none_are_asked_for(tmp_path: Path) -> No
 
 def test_a_folder_of_test_files_alone_is_nothing_to_train_on(tmp_path: Path) -> None:
     write_mnist(tmp_path, [], [1, 2])
-    with pytest.raises(NoImagesFound, match="1 file for testing"):
+    with pytest.raises(NoImagesFound, match="1 file for another purpose"):
         ImageSource.open([tmp_path])
+    assert ImageSource.open([tmp_path], labels="folders", purpose="testing").labels == ["1", "2"]
 
 
 # --- what is not what it should be

@@ -17,7 +17,7 @@ from dino_index.image_files import Listing, type_by_name
 from dino_index.image_paths import absolute_path
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.source_listing import by_image, list_sources, sidecar_values
-from dino_training.set_files import SetPictures, is_set_file, open_sets
+from dino_training.set_files import Purpose, SetPictures, is_set_file, open_sets
 
 
 @dataclass(kw_only=True)
@@ -48,12 +48,14 @@ class ListedImages:
         return len(self.names) - len(self.offsets) - len(self.sets)
 
 
-def list_images_of_run(paths: Sequence[str | os.PathLike[str]], *, labels: str = "none") -> ListedImages:
+def list_images_of_run(
+    paths: Sequence[str | os.PathLike[str]], *, labels: str = "none", purpose: Purpose = "pretraining"
+) -> ListedImages:
     """The images under the given paths, each once however often it is given, as `list_sources` finds them.
 
-    Tar shards and set files that lie directly in a given folder are read, too; of these, the part for testing counts as
-    skipped where its file is not given itself (see `set_files`). A row of a manifest that names a file again counts as
-    skipped.
+    Tar shards and set files that lie directly in a given folder are read, too; of these, files for another purpose
+    count as skipped unless they are given themselves (see `set_files`). A row of a manifest that names a file again
+    counts as skipped.
 
     labels: `none`; `folders`, the first folder below a given one or inside a shard; or a CSV file with the columns path
     and label. What a manifest says goes before either; its label for a shard is that of every image in it. What a
@@ -62,7 +64,7 @@ def list_images_of_run(paths: Sequence[str | os.PathLike[str]], *, labels: str =
     Raises SourceNotFound, ManifestError and BackendMissing as `list_sources` does; SetFileUnusable; LabelFileError for
     a CSV file that lacks what it should have.
     """
-    sets = open_sets(paths, "pretraining")
+    sets = open_sets(paths, purpose)
     listing = list_sources([path for path in paths if not is_set_file(absolute_path(path))], shards_in_folders=True)
     found = ListedImages(ignored=listing.ignored, skipped=listing.skipped_folders + listing.skipped_files)
     if listing.num_repeated:
@@ -87,7 +89,7 @@ def _add_sets(found: ListedImages, sets: SetPictures, given: Sequence[str]) -> N
     found.names += sets.names
     found.sizes += sets.sizes
     if sets.num_left_out:
-        found.skipped["file for testing"] += sets.num_left_out
+        found.skipped["file for another purpose"] += sets.num_left_out
     # They were counted as what is no image.
     counted = {path for file in sets.files for path in file.files if file.path not in given}
     found.ignored = +(found.ignored - Counter(type_by_name(os.path.basename(path)) for path in counted))

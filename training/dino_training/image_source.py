@@ -20,6 +20,7 @@ from dino_index.errors import ImageError, NoImagesFound
 from dino_index.images import decode, read_file
 from dino_index.shards import read_at
 from dino_training.image_listing import ListedImages, list_images_of_run
+from dino_training.set_files import Purpose
 
 # Decoded to estimate what all images take.
 _NUM_SAMPLED = 64
@@ -56,13 +57,15 @@ class ImageSource:
         self._cache: list[NDArray[np.uint8] | None] | None = None
 
     @classmethod
-    def open(cls, paths: Sequence[str | os.PathLike[str]], *, labels: str = "none") -> ImageSource:
-        """The images under the paths; what counts as one, and `labels`, are as in
+    def open(
+        cls, paths: Sequence[str | os.PathLike[str]], *, labels: str = "none", purpose: Purpose = "pretraining"
+    ) -> ImageSource:
+        """The images under the paths; what counts as one, `labels` and `purpose`, are as in
         `image_listing.list_images_of_run`.
 
         Raises SourceNotFound, ManifestError, BackendMissing, SetFileUnusable, LabelFileError, NoImagesFound.
         """
-        listed = list_images_of_run(paths, labels=labels)
+        listed = list_images_of_run(paths, labels=labels, purpose=purpose)
         if not listed.names:
             counts = listed.ignored + listed.skipped + _count_reasons(listed.failures.values())
             found = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())) or "nothing"
