@@ -10,6 +10,7 @@ Shapes: B images, Q images to be classified, L classes, S side of a picture, C =
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import param_groups_layer_decay
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
 from dino_index.backbones import Normaliser, fastest_dtype, load_model, random_model
@@ -60,7 +61,7 @@ class FinetuneOptions:
     epochs: int = 100
     batch_size: int = 256
     learning_rate: float = 0.0005
-    """Peak rate of the last layer for a batch of 256, scaled with the batch."""
+    """Peak rate of the classifier for a batch of 256, scaled with the batch."""
     min_learning_rate: float = 1e-6
     layer_decay: float | None = None
     """Factor of the rate from a block to the one before; None for .75, and for 1 from scratch."""
@@ -90,7 +91,7 @@ class FinetuneOptions:
             require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("drop_path", "smoothing"):
             require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        require("learning_rate", self.learning_rate > 0, "above 0")
+        require("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0")
         require("erasing", 0 <= self.erasing <= 1, "between 0 and 1")
         require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1")
 
@@ -174,8 +175,7 @@ class _Training:
         options, per_epoch = self._options, self.batches.steps_per_epoch
         num_steps = options.epochs * per_epoch
         mix = _mixing(options, len(self._sets.classes)) if self.batches.batch_size > 1 else None
-        erase = RandomErasing(options.erasing, mode="pixel", device=self._device)
-        loss_of = SoftTargetCrossEntropy()
+        erase = RandomErasing(options.erasing, mode="pixel", device=self._device)  # type: ignore[no-untyped-call]
         one_hot_LL = torch.eye(len(self._sets.classes), device=self._device)
         soft_LL = one_hot_LL * (1 - options.smoothing) + options.smoothing / len(one_hot_LL)
         losses: list[float] = []
@@ -203,9 +203,9 @@ class _Training:
                 # -- forward and backward
                 with self._autocast():
                     logits_BL = self.model(pictures_BCHW)
-                loss = loss_of(logits_BL.float(), targets_BL)
+                loss = F.cross_entropy(logits_BL.float(), targets_BL)
                 self._optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
 
             # -- step
             self._optimizer.step()
@@ -283,7 +283,8 @@ def build_classifier(spec: ModelSpec, num_classes: int, options: FinetuneOptions
 def layer_groups(model: nn.Module, options: FinetuneOptions) -> list[dict[str, Any]]:
     """Parameters by layer and weight decay.
 
-    `lr_scale` of a group: the layer decay to the power of how many layers come behind it.
+    `lr_scale` of a group: the layer decay to the power of how many layers come behind it; the final norm counts to the
+    last block, what comes before the first block is one layer.
     """
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     groups: list[dict[str, Any]] = param_groups_layer_decay(
@@ -315,7 +316,7 @@ def _make_folder(folder: Path) -> None:
 def _mixing(options: FinetuneOptions, num_classes: int) -> Mixup | None:
     if not options.mixes:
         return None
-    return Mixup(
+    return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=options.mixup, cutmix_alpha=options.cutmix, label_smoothing=options.smoothing,
         num_classes=num_classes,
     )  # fmt: skip

@@ -13,12 +13,14 @@ Shapes: N training images, Q images to be classified, B of a batch, F features, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -64,14 +66,16 @@ class LinearOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}")
-        if self.learning_rates is not None and not (self.learning_rates and min(self.learning_rates) > 0):
-            raise ValueError(f"learning_rates must be above 0, found {list(self.learning_rates)}")
+        rates = self.learning_rates
+        if rates is not None and not (rates and all(0 < rate < math.inf for rate in rates)):
+            raise ValueError(f"learning_rates must be numbers above 0, found {rates}")
 
     @property
     def rates(self) -> tuple[float, ...]:
         """Those that are tried, in rising order."""
-        default = SWEPT_RATES if self.fast else (PUBLISHED_RATE,)
-        return tuple(sorted(set(self.learning_rates or default)))
+        if self.learning_rates is not None:
+            return tuple(sorted(set(self.learning_rates)))
+        return SWEPT_RATES if self.fast else (PUBLISHED_RATE,)
 
 
 def evaluate_linear(
@@ -188,13 +192,14 @@ class _Choice:
         )
 
     def made(self, heads: LinearHeads, features_HF: NDArray[np.float16], classes_H: NDArray[np.int64]) -> _Choice:
-        """The best rate, on features and classes of `judged_on`; of several best ones, the middle one."""
+        """The best rate, on features and classes of `judged_on`; of several best ones, that of the lowest loss."""
         own_H = torch.from_numpy(classes_H)
         logits_HRL = _logits(heads, features_HF)
         places = [places_of_logits(logits_HL, own_H).numpy() for logits_HL in logits_HRL.unbind(dim=1)]
         top1 = tuple(top_k_accuracy(places_H, 1) for places_H in places)
-        best = [rate for rate, value in zip(self.rates, top1, strict=True) if value == max(top1)]
-        return replace(self, rate=best[len(best) // 2], top1=top1)
+        losses = [F.cross_entropy(logits_HL, own_H).nan_to_num(torch.inf).item() for logits_HL in logits_HRL.unbind(1)]
+        best = max(range(len(top1)), key=lambda place: (top1[place], -losses[place]))
+        return replace(self, rate=self.rates[best], top1=top1)
 
     def remarks(self, saw_all: bool) -> list[str]:
         if not self.top1:
@@ -261,5 +266,5 @@ def _batches_of(
 
 def _logits(heads: LinearHeads, features_QF: NDArray[np.float16]) -> Tensor:
     """logits_QRL, on the processor."""
-    parts = torch.from_numpy(features_QF).split(_JUDGED_AT_A_TIME)
+    parts = torch.split(torch.from_numpy(features_QF), _JUDGED_AT_A_TIME)
     return torch.cat([heads.logits(part.to(heads.device)).cpu() for part in parts])
