@@ -17,8 +17,7 @@ from sample_collections import jpeg, write_pictures, write_shard
 def labels_of(path: Path, part: Part = "train") -> dict[str, str]:
     """Label by file name."""
     images = LabelledImages.open(path, part)
-    names = [os.path.basename(images.source.names[position]) for position in images.positions_N.tolist()]
-    return dict(zip(names, images.labels, strict=True))
+    return dict(zip(map(os.path.basename, images.names), images.labels, strict=True))
 
 
 def write_flowers(root: Path) -> Path:
@@ -59,6 +58,12 @@ def test_folders_and_shards_of_classes_are_read_alike(tmp_path: Path) -> None:
     assert LabelledImages.open(tmp_path / "folders", "val").num_unlabelled == 1
     shard = write_shard(tmp_path / "shard.tar", {"cat/0.jpg": jpeg(0), "dog/1.jpg": jpeg(1)})
     assert labels_of(shard) == {"0.jpg": "cat", "1.jpg": "dog"}
+
+
+def test_manifests_name_images_and_their_classes(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,cat\nb.jpg,dog\n")
+    assert labels_of(tmp_path / "list.csv") == {"a.jpg": "cat", "b.jpg": "dog"}
 
 
 def test_flowers_are_trained_on_two_parts_and_judged_on_the_third(tmp_path: Path) -> None:

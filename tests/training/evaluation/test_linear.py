@@ -113,6 +113,13 @@ def test_a_class_whose_images_cannot_be_read_is_no_class(
         evaluate_linear(store, *sets, LinearOptions(fast=fast, **QUICK))
 
 
+def test_images_that_are_learnt_from_and_judged_are_counted(sets: tuple[Path, Path], store: FeatureStore) -> None:
+    (sets[1] / "red/same.png").symlink_to(sets[0] / "red/0.png")
+    result = evaluate_linear(store, *sets, LinearOptions(fast=True, learning_rates=(0.3,), **QUICK))
+    assert result.to_json()["val_images_in_train"] == 1
+    assert "1 of the others are training images as well" in " ".join(result.remarks)
+
+
 def test_the_published_rate_is_the_default_and_the_sweep_is_of_the_fast_protocol() -> None:
     assert LinearOptions().rates == (0.001,)
     assert len(LinearOptions(fast=True).rates) == 10

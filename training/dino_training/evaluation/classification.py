@@ -5,6 +5,7 @@ Shapes: N training images, Q images to be classified, L classes.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,9 +98,15 @@ class LabelledSets:
                 "train": self.train.to_json(),
                 "val": self.val.to_json(),
                 "classes_only_in_val": only_in_val,
+                "val_images_in_train": self._num_shared(),
             },
             remarks=[*self._remarks(only_in_val), *remarks],
         )
+
+    def _num_shared(self) -> int:
+        """Images to be judged that were learnt from."""
+        learnt = {os.path.realpath(name) for name in self.train.names}
+        return sum(os.path.realpath(name) in learnt for name in self.val.names)
 
     def _remarks(self, only_in_val: Sequence[str]) -> list[str]:
         remarks = [f"{len(self.train)} training images and {len(self.val)} others, {len(self.classes)} classes"]
@@ -109,6 +116,8 @@ class LabelledSets:
                 f"{num_lost} images are of classes without a training image, and count as wrong: "
                 f"{', '.join(only_in_val)}"
             )
+        if num_shared := self._num_shared():
+            remarks.append(f"{num_shared} of the others are training images as well (the same files)")
         for what, images in (("training", self.train), ("other", self.val)):
             if images.unreadable:
                 remarks.append(f"{len(images.unreadable)} {what} files cannot be read and were left out")

@@ -210,7 +210,8 @@ class _Training:
             # -- step
             self._optimizer.step()
             total += loss.detach()
-            self._store.on_progress(Progress(done=step + 1, total=num_steps, failed=0))
+            num_images = len(classes_B)
+            self._store.on_progress(Progress(done=(step + 1) * num_images, total=num_steps * num_images, failed=0))
 
             # -- log
             if (step + 1) % per_epoch == 0:

@@ -89,7 +89,7 @@ class TrainingBatches:
     def __call__(self, num_epochs: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """(pixels_BSSC, classes_B) of each step. Raises ImageError for an image that can no longer be read."""
         num_steps, taken = num_epochs * self.steps_per_epoch, self._taken(num_epochs)
-        views = in_order(lambda view: self._view(*view), taken, self._workers, lambda: 2 * self.batch_size)
+        views = in_order(lambda view: self._view(*view), taken, self._workers, lambda: self.batch_size)
         numbers = (number for _, number in self._taken(num_epochs))
         for _ in range(num_steps):
             pixels = [next(views) for _ in range(self.batch_size)]

@@ -65,6 +65,11 @@ class LabelledImages:
         return sorted(set(self.labels))
 
     @property
+    def names(self) -> list[str]:
+        """Absolute path, `SHARD.tar/MEMBER` or URL of each."""
+        return [self.source.names[position] for position in self.positions_N.tolist()]
+
+    @property
     def unreadable(self) -> dict[str, ImageError]:
         """By path: what could not be listed, or was found to be unreadable so far."""
         return self.source.failures
@@ -81,8 +86,7 @@ class LabelledImages:
     def readable(self) -> LabelledImages:
         """Those that were not found to be unreadable so far."""
         failures = self.unreadable
-        names = (self.source.names[position] for position in self.positions_N.tolist())
-        return self.subset(np.flatnonzero([name not in failures for name in names]))
+        return self.subset(np.flatnonzero([name not in failures for name in self.names]))
 
     def checked(self, workers: int = 0) -> LabelledImages:
         """Those that can be read: each is decoded once."""

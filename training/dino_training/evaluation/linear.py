@@ -250,7 +250,8 @@ def _fit(
     for step, (features_BF, classes_B) in enumerate(batches):
         features = torch.from_numpy(features_BF).to(store.device)
         heads.step(features, torch.from_numpy(classes_B).to(store.device), cosine(1.0, 0.0, step, num_steps))
-        store.on_progress(Progress(done=step + 1, total=num_steps, failed=0))
+        num_images = len(classes_B)
+        store.on_progress(Progress(done=(step + 1) * num_images, total=num_steps * num_images, failed=0))
     return heads
 
 

@@ -6,6 +6,7 @@ Shapes: B images, N of a set, F features, S side of a picture, C = 3 colours.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -75,9 +76,10 @@ class FeatureKind:
         """features_BF, in the model's dtype. pictures_BCHW: normalised."""
         if not self.num_blocks:
             return global_token(model, model.forward_features(pictures_BCHW))  # type: ignore[operator]
-        layers: list[tuple[Tensor, Tensor]] = model.get_intermediate_layers(  # type: ignore[operator]
-            pictures_BCHW, n=self.num_blocks, return_prefix_tokens=True, norm=True
-        )
+        layers: list[tuple[Tensor, Tensor]] = model.forward_intermediates(  # type: ignore[operator]
+            pictures_BCHW, indices=self.num_blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC",
+            intermediates_only=True,
+        )  # fmt: skip
         parts = [prefix_BPD[:, 0] for _, prefix_BPD in layers]
         if self.average_pool:
             parts.append(layers[-1][0].mean(dim=1))
@@ -167,7 +169,9 @@ class ProbeFeatures:
 
 
 def _depth(model: nn.Module) -> int:
-    """How many blocks give a [CLS] token; 0 for an architecture that has none."""
-    if getattr(model, "cls_token", None) is None or not hasattr(model, "get_intermediate_layers"):
+    """How many blocks give a [CLS] token; 0 for an architecture that has none, or of which timm gives only the last."""
+    forward = getattr(model, "forward_intermediates", None)
+    gives_cls = forward is not None and "return_prefix_tokens" in inspect.signature(forward).parameters
+    if getattr(model, "cls_token", None) is None or not gives_cls:
         return 0
     return len(model.blocks)  # type: ignore[arg-type]
