@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from coloured_sets import write_coloured
 from dino_index.backbones import Backbone, load_model
-from dino_index.errors import EvaluationImpossible, OutputUnwritable, TrainingDiverged
+from dino_index.errors import EvaluationImpossible, OutOfMemory, OutputUnwritable, TrainingDiverged
 from dino_index.model_files import resolve_model
 from dino_training.evaluation.features import FeatureStore
-from dino_training.evaluation.finetune import FinetuneOptions, build_classifier, evaluate_finetune, layer_groups
+from dino_training.evaluation.finetune import (
+    FinetuneOptions,
+    _Training,
+    build_classifier,
+    evaluate_finetune,
+    layer_groups,
+)
 
 QUICK: dict[str, Any] = {
     "epochs": 6, "batch_size": 8, "learning_rate": 0.1, "warmup_epochs": 1.0, "drop_path": 0.0, "erasing": 0.0,
@@ -36,6 +43,7 @@ def test_training_learns_what_can_be_told_apart(
     assert found["top1"] == 1.0
     assert len(found["losses"]) == 6
     assert found["losses"][-1] < found["losses"][0]
+    assert found["train_top1"] == 1.0
     assert found["layer_decay"] == (1.0 if from_scratch else 0.75)
     assert found["protocol"].startswith("supervised" if from_scratch else "fine-tuning")
 
@@ -113,6 +121,30 @@ def test_a_loss_that_is_no_number_stops_the_training(sets: tuple[Path, Path], st
     assert "\n" not in str(caught.value)
 
 
+def test_a_step_that_does_not_fit_into_memory_says_what_to_change(
+    sets: tuple[Path, Path], store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(model: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("timm.models.VisionTransformer.forward", run_out)
+    with pytest.raises(OutOfMemory, match="8 pictures of 32 px in a step do not fit"):
+        evaluate_finetune(store, *sets, FinetuneOptions(**QUICK))
+
+
+def test_an_architecture_of_one_channel_is_trained_on_grey(
+    sets: tuple[Path, Path], store: FeatureStore, tmp_path: Path
+) -> None:
+    spec = replace(
+        store.spec, architecture_args=store.spec.architecture_args | {"in_chans": 1}, mean=(0.4,), std=(0.2,)
+    )
+    options = FinetuneOptions(from_scratch=True, **QUICK)
+    evaluate_finetune(FeatureStore(spec, device="cpu"), *sets, options, save=tmp_path / "grey.safetensors")
+    saved = resolve_model(tmp_path / "grey.safetensors")
+    assert (saved.mean, saved.seen_channels) == ((0.4,), ("grey",))
+    assert load_model(saved).state_dict()["patch_embed.proj.weight"].shape[1] == 1
+
+
 def test_a_place_to_save_that_cannot_be_made_is_said_before_training(
     sets: tuple[Path, Path], store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +174,21 @@ def test_classes_only_in_val_are_wrong_and_unreadable_files_counted(
     assert found["top1"] == pytest.approx(2 / 3)
     assert [len(found[part]["unreadable"]) for part in ("train", "val")] == [1, 1]
     assert "count as wrong: azure" in " ".join(result.remarks)
+
+
+def test_images_that_vanish_while_it_trains_are_left_out_of_what_is_judged(
+    sets: tuple[Path, Path], store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _Training.run
+
+    def run_and_remove(self: _Training) -> list[float]:
+        losses = run(self)
+        (sets[1] / "red/0.png").unlink()
+        return losses
+
+    monkeypatch.setattr(_Training, "run", run_and_remove)
+    found = evaluate_finetune(store, *sets, FinetuneOptions(**QUICK)).to_json()
+    assert (found["top1"], found["val"]["used"], len(found["val"]["unreadable"])) == (1.0, 11, 1)
 
 
 def test_one_class_is_an_error(tmp_path: Path, store: FeatureStore) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_index.errors import ImageError
 from dino_training.evaluation.labelled_batches import TrainingBatches, centre_views
 from dino_training.evaluation.labelled_images import LabelledImages
 from sample_collections import jpeg
@@ -66,6 +67,13 @@ def test_views_follow_from_the_seed_and_not_from_the_threads(tmp_path: Path) -> 
     np.testing.assert_array_equal(runs[0], runs[1])
     assert (runs[0] != runs[2]).any()
     assert (runs[0][:2] != runs[0][2:]).any()  # other views in another epoch
+
+
+def test_an_image_that_vanishes_is_named(images: LabelledImages) -> None:
+    Path(images.source.names[3]).unlink()
+    with pytest.raises(ImageError, match=r"dark/3\.png could be read when training began") as caught:
+        list(batches(images, 5)(1))
+    assert caught.value.reason == "vanished"
 
 
 def test_the_middles_of_readable_images_come_in_order(images: LabelledImages) -> None:

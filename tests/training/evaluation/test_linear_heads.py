@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from dino_training.evaluation.linear_heads import LinearHeads
@@ -55,6 +56,21 @@ def test_a_head_learns_as_by_automatic_differentiation(rate: float) -> None:
         assert losses[step].item() == pytest.approx(loss.item(), rel=1e-4)
     features = torch.randn(7, 5)
     torch.testing.assert_close(heads.logits(features)[:, 0], layer(features).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_training_on_everything_ends_at_the_maximum_of_the_likelihood() -> None:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(300, 4, generator=generator)
+    noisy = features @ torch.randn(4, 3, generator=generator) + torch.randn(300, 3, generator=generator)
+    classes = noisy.argmax(dim=1)
+    heads = LinearHeads((0.5,), 4, 3, seed=0)
+    for step in range(600):
+        heads.step(features, classes, factor=1 - step / 600)
+    oracle = LogisticRegression(C=1e9, tol=1e-8, max_iter=1000).fit(features.numpy(), classes.numpy())
+    found = torch.softmax(heads.logits(features)[:, 0], dim=1)
+    torch.testing.assert_close(
+        found, torch.from_numpy(oracle.predict_proba(features.numpy())).float(), rtol=0, atol=2e-3
+    )
 
 
 def test_a_rate_that_diverges_harms_no_other() -> None:

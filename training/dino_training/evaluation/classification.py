@@ -70,14 +70,15 @@ class LabelledSets:
     @property
     def train_numbers(self) -> NDArray[np.int64]:
         """classes_N: of each training image."""
-        return self._numbers(self.train.labels)
+        return self.numbers_of(self.train.labels)
 
     @property
     def val_numbers(self) -> NDArray[np.int64]:
         """classes_Q: of each image to be judged; `NO_CLASS` for an image of a class without a training image."""
-        return self._numbers(self.val.labels)
+        return self.numbers_of(self.val.labels)
 
-    def _numbers(self, labels: Sequence[str]) -> NDArray[np.int64]:
+    def numbers_of(self, labels: Sequence[str]) -> NDArray[np.int64]:
+        """Class number of each label, `NO_CLASS` where there is none."""
         numbers = {name: number for number, name in enumerate(self.classes)}
         return np.array([numbers.get(label, NO_CLASS) for label in labels], np.int64)
 

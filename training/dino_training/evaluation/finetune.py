@@ -29,11 +29,11 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
 from dino_index.backbones import Normaliser, fastest_dtype, load_model, random_model
-from dino_index.errors import ArchitectureUnknown, OutputUnwritable, TrainingDiverged
+from dino_index.errors import ArchitectureUnknown, OutOfMemory, OutputUnwritable, TrainingDiverged
 from dino_index.indexing import Progress
 from dino_index.model_files import ModelSpec
 from dino_training.allocator import keep_freed_memory
-from dino_training.evaluation.classification import LabelledSets
+from dino_training.evaluation.classification import LabelledSets, places_of_logits
 from dino_training.evaluation.features import FeatureStore, StrPath
 from dino_training.evaluation.labelled_batches import (
     TrainingBatches,
@@ -41,6 +41,8 @@ from dino_training.evaluation.labelled_batches import (
     centre_views,
     crop_decode_size,
 )
+from dino_training.evaluation.labelled_images import LabelledImages
+from dino_training.evaluation.metrics import top_k_accuracy
 from dino_training.evaluation.results import EvaluationResult
 from dino_training.export import save_weights
 from dino_training.networks import is_transformer, use_attention
@@ -114,8 +116,8 @@ def evaluate_finetune(
     save: a safetensors file for the backbone, without the classifier, that `index --model` takes.
     A class that only `val` has counts as always wrong, and is reported.
     Raises EvaluationImpossible for fewer than two classes to learn, or nothing to judge; TrainingDiverged;
-    SourceNotFound, NoImagesFound, TruthUnusable, ModelError, OutputUnwritable; ImageError for a training image that can
-    no longer be read.
+    SourceNotFound, NoImagesFound, TruthUnusable, ModelError, OutOfMemory, OutputUnwritable; ImageError for a training
+    image that can no longer be read.
     """
     options = options or FinetuneOptions()
     if save is not None:
@@ -128,11 +130,19 @@ def evaluate_finetune(
     sets.train.source.prepare(decode_size=crop_decode_size(size), cache_bytes=_CACHE_BYTES, workers=workers)
     sets = sets.with_train(sets.train.checked(workers)).with_val(sets.val.checked(workers))
     training = _Training(store, sets, options)
-    losses = training.run()
-    logits_QL = training.logits()
+    try:
+        losses = training.run()
+        logits_QL, judged = training.logits(sets.val)
+        logits_NL, learnt = training.logits(sets.train)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{training.batches.batch_size} pictures of {size} px in a step do not fit into the memory of "
+            f"{store.device}: end what else uses it, or take fewer in a step with --batch-size"
+        ) from error
+    train_places = places_of_logits(logits_NL, torch.from_numpy(sets.numbers_of(learnt.labels)))
     if save is not None:
         save_finetuned(training.model, store.spec, save, training.card(losses))
-    return sets.result(
+    return sets.with_val(judged).result(
         "supervised training from scratch" if options.from_scratch else "fine-tuning",
         store,
         logits_QL,
@@ -144,6 +154,7 @@ def evaluate_finetune(
             "layer_decay": options.decay,
             "precision": str(training.precision).removeprefix("torch."),
             "losses": losses,
+            "train_top1": top_k_accuracy(train_places.numpy(), 1),
         },
         [],
     )
@@ -226,11 +237,12 @@ class _Training:
         return losses
 
     @torch.inference_mode()
-    def logits(self) -> Tensor:
-        """logits_QL of the images to be judged, on the processor."""
+    def logits(self, images: LabelledImages) -> tuple[Tensor, LabelledImages]:
+        """(logits_NL of the middle of each image, on the processor; the images that could still be read)."""
         self.model.eval()
-        parts = [self._logits_of(pixels_BSSC) for pixels_BSSC in self._judged()]
-        return torch.cat(parts)
+        parts = [self._logits_of(pixels_BSSC) for pixels_BSSC in self._middles(images)]
+        num_classes = len(self._sets.classes)
+        return torch.cat([torch.zeros(0, num_classes), *parts]), images.readable()
 
     def card(self, losses: list[float]) -> dict[str, Any]:
         """What the saved weights come from."""
@@ -245,9 +257,9 @@ class _Training:
             "loss": losses[-1],
         }
 
-    def _judged(self) -> Iterator[NDArray[np.uint8]]:
+    def _middles(self, images: LabelledImages) -> Iterator[NDArray[np.uint8]]:
         squares: list[NDArray[np.uint8]] = []
-        for _, pixels_SSC in centre_views(self._sets.val, self._store.spec.input_size, self._store.settings.workers):
+        for _, pixels_SSC in centre_views(images, self._store.spec.input_size, self._store.settings.workers):
             squares.append(pixels_SSC)
             if len(squares) == _JUDGED_AT_A_TIME:
                 yield np.stack(squares)

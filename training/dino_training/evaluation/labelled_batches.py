@@ -104,7 +104,12 @@ class TrainingBatches:
 
     def _view(self, epoch: int, number: int) -> NDArray[np.uint8]:
         rng = np.random.default_rng([self._seed, 1, epoch, number])
-        image = resized_crop(Image.fromarray(self._images.load(number)), self._size, _SCALE, _ASPECT_RATIO, rng)
+        try:
+            pixels_HWC = self._images.load(number)
+        except ImageError as error:
+            message = f"{self._images.names[number]} could be read when training began, and no longer can: {error}"
+            raise ImageError(error.reason, message) from error
+        image = resized_crop(Image.fromarray(pixels_HWC), self._size, _SCALE, _ASPECT_RATIO, rng)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.array(image)

@@ -2,7 +2,7 @@
 
 The protocol trains a linear layer on random parts of the training images, cut anew in every epoch, and judges it on the
 middle of the others. The fast one computes the features of the middle of every image once, and tries many learning
-rates at the price of one. Where a rate is chosen, that is done on images that are held out of the training set; the
+rates side by side. Where a rate is chosen, that is done on images that are held out of the training set; the
 others are looked at once, at the end.
 
 Hyperparameters as facebookresearch/dino at 7c446df has them (eval_linear.py). Differences: the learning rate falls by
@@ -158,8 +158,8 @@ def _train(features: ProbeFeatures, sets: LabelledSets, options: LinearOptions, 
     _fit(heads, views, options.epochs * batches.steps_per_epoch, store)
     if len(options.rates) > 1:
         # Read again for another view: cheap beside the epochs over all the others.
-        _, features_HF = features.of_centres(sets.train.subset(choice.judged_on))
-        choice = choice.made(heads, features_HF, classes_N[choice.judged_on])
+        seen, features_HF = features.of_centres(sets.train.subset(choice.judged_on))
+        choice = choice.made(heads, features_HF, sets.numbers_of(seen.labels))
     return _Trained(
         sets=sets, heads=heads, place=options.rates.index(choice.rate), choice=choice,
         batch_size=batches.batch_size, saw_all=not choice.num_held_out,
