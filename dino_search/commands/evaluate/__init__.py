@@ -5,13 +5,15 @@ from __future__ import annotations
 import typer
 
 from dino_search.commands.evaluate.copies import copies
+from dino_search.commands.evaluate.finetune import finetune
 from dino_search.commands.evaluate.knn import knn
+from dino_search.commands.evaluate.linear import linear
 from dino_search.commands.evaluate.retrieval import retrieval
 
 
 def add_commands(app: typer.Typer) -> None:
     evaluate = typer.Typer(
-        help="Measure a model: k-NN classification, retrieval, copy detection. Figures come with 95 % intervals.",
+        help="Measure a model: classification, retrieval, copy detection. Figures come with 95 % intervals.",
         epilog="dino-search evaluate knn --train ./train --val ./val",
         no_args_is_help=True,
     )
@@ -23,4 +25,8 @@ def add_commands(app: typer.Typer) -> None:
     evaluate.command(
         "copies", epilog="dino-search evaluate copies --queries ./copies --references ./originals --truth truth.csv"
     )(copies)
+    evaluate.command("linear", epilog="dino-search evaluate linear --train ./train --val ./val --fast --json")(linear)
+    evaluate.command("finetune", epilog="dino-search evaluate finetune --train ./train --val ./val --epochs 20 --json")(
+        finetune
+    )
     app.add_typer(evaluate, name="evaluate")
