@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat  # type: ignore[import-untyped]
+from scipy.io import savemat
 
 from dino_index.errors import DinoSearchError, ImageError, NoImagesFound, TruthUnusable
 from dino_training.evaluation.labelled_images import LabelledImages

@@ -105,7 +105,7 @@ def _inaturalist(file: Path) -> list[tuple[str, str]]:
 
 
 def _matlab(file: Path) -> dict[str, Any]:
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     try:
         values: dict[str, Any] = loadmat(file, squeeze_me=True)
