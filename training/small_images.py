@@ -26,8 +26,9 @@ from dino_index.model_files import resolve_model
 from dino_training import Recipe, load_recipe, pretrain
 from dino_training.checkpoints import list_checkpoints
 from dino_training.evaluation.features import FeatureStore
-from dino_training.evaluation.few_labels import FewLabelsOptions, LabelledSquares, evaluate_few_labels
+from dino_training.evaluation.few_labels import FewLabelsOptions, evaluate_few_labels, load_squares
 from dino_training.evaluation.knn import evaluate_knn
+from dino_training.evaluation.labelled_images import LabelledImages
 from dino_training.evaluation.plots import draw_lines
 from dino_training.pretraining import RECIPE, WEIGHTS, Progress
 from dino_training.run_log import METRICS
@@ -111,7 +112,8 @@ def draw_learning_curve(run: Path):
 
 def save_attention_of_unseen(weights: Path, recipe: Recipe, val: Path, path: Path) -> None:
     """What [CLS] attends to in sixteen images that training has not seen."""
-    squares_NSSC = LabelledSquares.load(val, "testing", recipe.input_size).squares_NSSC[:NUM_ATTENTION_IMAGES]
+    unseen = LabelledImages.open(val, "val").subset(np.arange(NUM_ATTENTION_IMAGES))
+    _, squares_NSSC = load_squares(unseen, recipe.input_size)
     pictures_BCSS = torch.from_numpy(squares_NSSC).permute(0, 3, 1, 2).float() / 255
     backbone = load_model(resolve_model(weights))
     with torch.inference_mode():

@@ -30,7 +30,7 @@ def test_digits_go_from_idx_files_to_figures(tmp_path: Path, monkeypatch: pytest
         "digits", "run", "knn.json", "few_labels.json", "few_labels.md", "few_labels.png", "learning_curve.png",
         "attention.png",
     }  # fmt: skip
-    assert json.loads((out / "few_labels.json").read_text())["unseen_images"] == 500
+    assert json.loads((out / "few_labels.json").read_text())["val"]["used"] == 500
     assert json.loads((out / "knn.json").read_text())["train"]["used"] == 1297
     for name in written:
         if name.endswith(".png"):

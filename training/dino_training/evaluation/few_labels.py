@@ -24,20 +24,19 @@ from torch import Tensor, nn
 
 from dino_index.backbones import choose_device, fastest_dtype, load_model
 from dino_index.descriptors import global_token
-from dino_index.errors import EvaluationImpossible, ImageError
 from dino_index.model_files import resolve_model
 from dino_index.snapshots import normalise as to_unit_length
 from dino_training.batches import BatchLoader
 from dino_training.evaluation.bootstrap import interval_of_mean
+from dino_training.evaluation.classification import LabelledSets
 from dino_training.evaluation.features import StrPath
+from dino_training.evaluation.labelled_images import LabelledImages, draw_per_class
 from dino_training.evaluation.plots import draw_lines
 from dino_training.evaluation.results import EvaluationResult, Figure
-from dino_training.evaluation.voting import NO_CLASS, knn_places
-from dino_training.image_source import ImageSource
+from dino_training.evaluation.voting import knn_places
 from dino_training.networks import build_backbone, parameter_groups, use_attention
 from dino_training.recipe import Recipe
 from dino_training.schedules import cosine
-from dino_training.set_files import Purpose
 from dino_training.views import normalise, squash
 
 _EMBEDDED_AT_A_TIME = 256
@@ -77,39 +76,6 @@ class FewLabelsOptions:
         for name in ("draws", "k", "steps", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledSquares:
-    """Whole images as squares, with their labels. num_left_out: images that are unreadable or have no label."""
-
-    squares_NSSC: NDArray[np.uint8]
-    labels: list[str]
-    num_left_out: int
-
-    @classmethod
-    def load(cls, path: StrPath, purpose: Purpose, size: int) -> LabelledSquares:
-        """Raises as `ImageSource.open` does; EvaluationImpossible where no readable image has a label."""
-        source = ImageSource.open([path], labels="folders", purpose=purpose)
-        source.prepare(decode_size=size, cache_bytes=0)
-        squares, labels = [], []
-        for position, label in enumerate(source.labels or ()):
-            if label is not None:
-                try:
-                    squares.append(squash(source.load(position), size))
-                except ImageError:
-                    continue
-                labels.append(label)
-        if not squares:
-            raise EvaluationImpossible(
-                f"expected images with labels for {purpose} in {path}, found {len(source)} without"
-            )
-        return cls(squares_NSSC=np.stack(squares), labels=labels, num_left_out=len(source) - len(squares))
-
-    def numbers(self, classes: Sequence[str]) -> NDArray[np.int64]:
-        """The place of each image's label among the classes, `NO_CLASS` for another one."""
-        place = {name: number for number, name in enumerate(classes)}
-        return np.array([place.get(label, NO_CLASS) for label in self.labels], np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,41 +120,39 @@ def evaluate_few_labels(
 
     weights: of the pretrained backbone. recipe: its own; views for the supervised training are its global ones, and so
     is the architecture. Folders of classes, or a published set (see `set_files`).
-    Raises EvaluationImpossible for fewer than two classes; as `ImageSource.open` and `resolve_model` do.
+    Raises as `LabelledSets.open` and `resolve_model` do: EvaluationImpossible for fewer than two classes.
     """
     options = options or FewLabelsOptions()
-    training = LabelledSquares.load(train, "training", recipe.input_size)
-    unseen = LabelledSquares.load(val, "testing", recipe.input_size)
-    classes = sorted(set(training.labels))
-    if len(classes) < 2:
-        raise EvaluationImpossible(f"expected two classes or more in {train}, found one ({classes[0]})")
+    sets = LabelledSets.open(train, val, per_class=None, seed=options.seed)
+    training, squares_NSSC = load_squares(sets.train, recipe.input_size)
+    unseen, unseen_QSSC = load_squares(sets.val, recipe.input_size)
+    sets = sets.with_train(training).with_val(unseen)
+    num_classes, numbers_N, own_Q = len(sets.classes), sets.train_numbers, sets.val_numbers
     device = choose_device(recipe.device)
-    numbers_N, own_Q = training.numbers(classes), unseen.numbers(classes)
     pretrained = load_model(resolve_model(weights)).to(device)
     torch.manual_seed(recipe.seed)
     random = build_backbone(recipe, student=False).to(device)
     embedded = {
-        name: [embed(backbone, each.squares_NSSC, recipe) for each in (training, unseen)]
+        name: [embed(backbone, squares, recipe) for squares in (squares_NSSC, unseen_QSSC)]
         for name, backbone in (("dino", pretrained), ("random", random))
     }
     right: dict[tuple[str, str], list[NDArray[np.bool_]]] = {}
     for shot in options.shots:
         for draw in range(options.draws):
-            rows_M = draw_rows(numbers_N, shot, np.random.default_rng([options.seed, shot, draw]))
+            rows_M = draw_per_class(sets.train.labels, shot, options.draws * options.seed + draw)
             own_M = numbers_N[rows_M]
             found: dict[str, NDArray[np.bool_]] = {}
             for name, (known_ND, asked_QD) in embedded.items():
                 places = knn_places(known_ND[rows_M], own_M, asked_QD, own_Q, ks=(options.k,))
                 found[f"{name}_knn"] = places[options.k] == 0
             known_ND, asked_QD = embedded["dino"]
-            classify = fit_logistic(known_ND[rows_M], own_M, len(classes))
+            classify = fit_logistic(known_ND[rows_M], own_M, num_classes)
             found["dino_logistic"] = classify(asked_QD) == own_Q
             found["dino_logistic_train"] = classify(known_ND[rows_M]) == own_M
-            network = train_supervised(
-                training.squares_NSSC[rows_M], own_M, len(classes), recipe, options, seed=recipe.seed + draw
-            )
-            found["supervised"] = network.classify(unseen.squares_NSSC) == own_Q
-            found["supervised_train"] = network.classify(training.squares_NSSC[rows_M]) == own_M
+            learnt_MSSC = squares_NSSC[rows_M]
+            network = train_supervised(learnt_MSSC, own_M, num_classes, recipe, options, seed=recipe.seed + draw)
+            found["supervised"] = network.classify(unseen_QSSC) == own_Q
+            found["supervised_train"] = network.classify(learnt_MSSC) == own_M
             for method, right_Q in found.items():
                 right.setdefault((method, str(shot)), []).append(right_Q)
             words = ", ".join(f"{METHODS[method]} {100 * values_Q.mean():.1f} %" for method, values_Q in found.items())
@@ -206,20 +170,21 @@ def evaluate_few_labels(
             "draws": options.draws,
             "k": options.k,
             "supervised_steps": options.steps,
-            "classes": len(classes),
-            "training_images": len(training.labels),
-            "unseen_images": len(unseen.labels),
-            "left_out": {"training": training.num_left_out, "unseen": unseen.num_left_out},
+            "classes": num_classes,
+            "train": training.to_json(),
+            "val": unseen.to_json(),
             "seed": options.seed,
         },
-        remarks=_remarks(training, unseen, classes, options),
+        remarks=_remarks(sets, options),
     )
 
 
-def draw_rows(numbers_N: NDArray[np.int64], shot: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Positions of so many images of each class, of all where it has fewer, in rising order."""
-    chosen = [rng.permutation(np.flatnonzero(numbers_N == number))[:shot] for number in np.unique(numbers_N)]
-    return np.sort(np.concatenate(chosen))
+def load_squares(images: LabelledImages, size: int) -> tuple[LabelledImages, NDArray[np.uint8]]:
+    """The readable ones of the images, and squares_NSSC: each of them as a whole, squashed as indexing does."""
+    images.source.prepare(decode_size=size, cache_bytes=0)
+    images = images.checked()
+    squares = [squash(images.load(number), size) for number in range(len(images))]
+    return images, np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
 
 
 @torch.inference_mode()
@@ -350,18 +315,19 @@ def _figure(keys: tuple[str, str], right: Sequence[NDArray[np.bool_]], seed: int
     return Figure(keys=keys, value=float(values_Q.mean()), interval=interval_of_mean(values_Q, seed=seed))
 
 
-def _remarks(
-    training: LabelledSquares, unseen: LabelledSquares, classes: Sequence[str], options: FewLabelsOptions
-) -> list[str]:
+def _remarks(sets: LabelledSets, options: FewLabelsOptions) -> list[str]:
+    training, unseen = sets.train, sets.val
     remarks = [
-        f"{len(training.labels)} images to draw from, {len(unseen.labels)} unseen ones, {len(classes)} classes, mean "
-        f"of {options.draws} draws; supervised: the same architecture, {options.steps} steps of "
-        f"2 x {options.batch_size} views",
+        f"{len(training)} images to draw from, {len(unseen)} unseen ones, {len(sets.classes)} classes, mean of "
+        f"{options.draws} draws; supervised: the same architecture, {options.steps} steps of {options.batch_size} "
+        "images, two views each",
     ]
-    if other := sorted(set(unseen.labels) - set(classes)):
+    if other := sorted(set(unseen.labels) - set(sets.classes)):
         remarks.append(f"classes without a training image, whose images count as wrong: {', '.join(other)}")
     if few := sorted(name for name, number in Counter(training.labels).items() if number < max(options.shots)):
         remarks.append(f"classes with fewer than {max(options.shots)} images, all of which are drawn: {', '.join(few)}")
-    if left_out := training.num_left_out + unseen.num_left_out:
-        remarks.append(f"{left_out} images cannot be read or have no label, and were left out")
+    if unreadable := len(training.unreadable) + len(unseen.unreadable):
+        remarks.append(f"{unreadable} files cannot be read and were left out")
+    if unlabelled := training.num_unlabelled + unseen.num_unlabelled:
+        remarks.append(f"{unlabelled} images have no class and were left out")
     return remarks
