@@ -13,7 +13,7 @@ from PIL import Image
 
 from dino_index.errors import EvaluationImpossible, RecipeError, RunExists, TrainingDiverged
 from dino_index.model_files import resolve_model
-from dino_training import Recipe, load_recipe
+from dino_training import Recipe, load_recipe, pretrain
 from dino_training.evaluation import ablation
 from dino_training.evaluation.ablation import AblationOptions, AblationResult, evaluate_ablation
 from dino_training.evaluation.ablation_variants import VARIANTS, recipe_changes
@@ -132,7 +132,6 @@ def test_runs_that_are_done_are_not_repeated_and_others_are_added(
 ) -> None:
     first = folder.evaluate("dino", "mse").to_json()
     trained: list[str] = []
-    pretrain = ablation.pretrain
 
     def note(paths: Any, run: Path, *arguments: Any, **options: Any) -> Any:
         trained.append(run.name)
@@ -162,7 +161,6 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(folder: Folder, tmp_
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain = ablation.pretrain
 
     def fail_some(paths: Any, run: Path, *arguments: Any, **options: Any) -> Any:
         if run.name == "dino":

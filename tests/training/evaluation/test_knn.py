@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
+from dino_index.backbones import Backbone
 from dino_index.errors import EvaluationImpossible, NoImagesFound, SetFileUnusable
 from dino_index.knn import vote
 from dino_index.model_files import resolve_model
@@ -115,8 +117,8 @@ def test_a_published_set_is_measured_as_the_same_pictures_in_folders_are(
     assert (found["train"]["used"], found["val"]["used"], found["train"]["classes"]) == (20, 6, 4)
     assert found["train"]["ignored"]["other" if not compress else "archive"] == 2  # the files of the test set
     suffix = ".gz" if compress else ""
-    files = [tmp_path / f"set/{name}-images-idx3-ubyte{suffix}" for name in ("train", "t10k")]
-    assert evaluate_knn(store, *files, options).to_json()["top1"] == found["top1"]
+    known, asked = (tmp_path / f"set/{name}-images-idx3-ubyte{suffix}" for name in ("train", "t10k"))
+    assert evaluate_knn(store, known, asked, options).to_json()["top1"] == found["top1"]
 
 
 def test_a_set_of_one_class_or_without_its_test_files_or_labels_is_an_error_in_one_line(
@@ -141,15 +143,23 @@ def test_a_set_with_fewer_images_than_k_lets_all_vote(tmp_path: Path, store: Fea
     assert any("all 3 training images vote" in remark for remark in result.remarks)
 
 
-def test_pictures_of_a_set_are_cached_by_content(tmp_path: Path, tiny_model: Path) -> None:
+def test_pictures_of_a_set_are_cached_by_content(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_mnist(tmp_path / "set", [0, 1, 2, 3], [1, 2])
+    num_embedded = 0
+    embed = Backbone.embed
+
+    def count(self: Backbone, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        nonlocal num_embedded
+        num_embedded += len(pixels_BHWC)
+        return embed(self, pixels_BHWC)
+
+    monkeypatch.setattr(Backbone, "embed", count)
     results = []
-    for calls in (6, 0):
+    for _ in range(2):
         store = FeatureStore(resolve_model(tiny_model), device="cpu", cache=tmp_path / "cache")
-        embedded = []
-        embed = store.backbone.embed
-        store.backbone.embed = lambda pixels, embed=embed, to=embedded: (to.extend(pixels), embed(pixels))[1]  # type: ignore[method-assign, misc]
         results.append(evaluate_knn(store, tmp_path / "set", tmp_path / "set").to_json())
-        assert len(embedded) == calls
         store.close()
+        assert num_embedded == 6
     assert results[0] == results[1]

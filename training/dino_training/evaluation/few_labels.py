@@ -191,10 +191,9 @@ def load_squares(images: LabelledImages, size: int) -> tuple[LabelledImages, NDA
 def embed(backbone: nn.Module, squares_NSSC: NDArray[np.uint8], recipe: Recipe) -> NDArray[np.float32]:
     """cls_ND of unit length."""
     backbone.eval()
-    parts = [
-        global_token(backbone, backbone.forward_features(pictures))
-        for pictures in _pictures(backbone, squares_NSSC, recipe)
-    ]  # type: ignore[operator]
+    forward_features: Callable[[Tensor], Tensor] = backbone.forward_features  # type: ignore[assignment]
+    pictures = _pictures(backbone, squares_NSSC, recipe)
+    parts = [global_token(backbone, forward_features(pictures_BCSS)) for pictures_BCSS in pictures]
     return to_unit_length(torch.cat(parts).float().cpu().numpy())
 
 
@@ -222,7 +221,8 @@ def fit_logistic(
 
     def classify(features_QD: NDArray[np.float32]) -> NDArray[np.int64]:
         logits_QL = torch.from_numpy(features_QD) * scale @ weight_LD.T + bias_L
-        return logits_QL.argmax(dim=1).numpy()
+        found_Q: NDArray[np.int64] = logits_QL.argmax(dim=1).numpy()
+        return found_Q
 
     return classify
 
@@ -246,7 +246,8 @@ class Supervised(nn.Module):
         """The number of each whole image's class."""
         self.eval()
         parts = [self(pictures).argmax(dim=1) for pictures in _pictures(self, squares_NSSC, self.recipe)]
-        return torch.cat(parts).cpu().numpy()
+        found_N: NDArray[np.int64] = torch.cat(parts).cpu().numpy()
+        return found_N
 
 
 def train_supervised(
