@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dino_index.errors import NoImagesFound, SetFileUnusable
+from dino_index.errors import NoImagesFound, SetFileUnusable, SourceNotFound
 from dino_training.image_source import ImageSource
 from dino_training.set_files import open_sets
 from sample_collections import write_pictures
@@ -182,6 +182,19 @@ def test_a_folder_of_test_files_alone_is_nothing_to_train_on(tmp_path: Path) -> 
     with pytest.raises(NoImagesFound, match="1 file for another purpose"):
         ImageSource.open([tmp_path])
     assert ImageSource.open([tmp_path], labels="folders", purpose="testing").labels == ["1", "2"]
+
+
+def test_folders_with_the_names_of_set_files_are_folders(tmp_path: Path) -> None:
+    (tmp_path / "meta").touch()
+    write_pictures(tmp_path, "train/cats/1.jpg")
+    for path in (tmp_path, tmp_path / "train"):
+        assert ImageSource.open([path]).names == [str(tmp_path / "train/cats/1.jpg")]
+
+
+def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "1.jpg")
+    with pytest.raises(SourceNotFound, match=f"{IMAGES}: no such file or folder"):
+        ImageSource.open([tmp_path, tmp_path / IMAGES])
 
 
 # --- what is not what it should be

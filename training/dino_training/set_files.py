@@ -108,7 +108,7 @@ class SetPictures:
 
 def is_set_file(path: str) -> bool:
     """Whether a path, by its name and what lies beside it, is a file of pictures of a set."""
-    return _opener(path) is not None
+    return _opener(path) is not None and os.path.isfile(path)
 
 
 def open_sets(paths: Iterable[str | os.PathLike[str]], purpose: Purpose) -> SetPictures:
@@ -122,14 +122,13 @@ def open_sets(paths: Iterable[str | os.PathLike[str]], purpose: Purpose) -> SetP
     chosen: dict[str, None] = {}
     num_left_out = 0
     for path in map(absolute_path, paths):
-        if is_url(path):
-            continue
-        if os.path.isfile(path):
-            found = [path] if is_set_file(path) else []
-            kept = found
-        else:
+        if is_set_file(path):
+            found = kept = [path]
+        elif not is_url(path) and os.path.isdir(path):
             found = _files_in(path)
             kept = [file for file in found if _part_of(file) in _PARTS[purpose]]
+        else:
+            continue
         num_left_out += len(found) - len(kept)
         chosen |= dict.fromkeys(kept)
     return SetPictures([_open(path) for path in chosen], num_left_out)
@@ -155,12 +154,12 @@ def _files_in(folder: str) -> list[str]:
     for place in (folder, *(os.path.join(folder, name) for name in _USUAL_FOLDERS)):
         try:
             names = sorted(os.listdir(place))
-        except OSError:  # of the given one, listing its images says what is wrong
+        except OSError:  # not there; of the given one, listing its images says what is wrong
             continue
         # Whoever unpacks by gunzip -k, as torchvision does, has both.
         names = [name for name in names if name.removesuffix(GZIP_SUFFIX) == name or name[:-3] not in names]
         paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
-        if found := [path for path in paths if is_set_file(path) and os.path.isfile(path)]:
+        if found := [path for path in paths if is_set_file(path)]:
             return found
     return []
 
