@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from dino_index.attention import attention_maps
 from dino_index.backbones import load_model
@@ -99,7 +100,7 @@ def as_idx(values: NDArray[np.uint8]) -> bytes:
     return bytes([0, 0, 8, values.ndim]) + lengths + values.tobytes()
 
 
-def draw_learning_curve(run: Path):
+def draw_learning_curve(run: Path) -> Image.Image:
     """k-NN accuracy and the share of images that an edited copy finds first, over the steps of a run."""
     events = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
     events = [event for event in events if event["event"] == "evaluation"]

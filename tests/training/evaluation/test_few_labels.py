@@ -112,9 +112,13 @@ def test_folders_of_classes_are_taken_as_well(weights: Path, recipe: Recipe, tmp
     assert "1 files cannot be read" in remarks
 
 
-def test_fewer_images_than_k_all_vote(weights: Path, recipe: Recipe, digits: Path) -> None:
-    result = evaluate_few_labels(weights, recipe, digits, digits, replace(QUICK, k=500, shots=(1,))).to_json()
-    assert 0 <= result["dino_knn"]["1"] <= 1
+def test_no_more_neighbours_vote_than_a_class_has_labelled_images(weights: Path, recipe: Recipe, digits: Path) -> None:
+    results = [
+        evaluate_few_labels(weights, recipe, digits, digits, replace(QUICK, k=k, shots=(2,), draws=1)).to_json()
+        for k in (2, 500)
+    ]
+    assert results[0]["dino_knn"] == results[1]["dino_knn"]
+    assert results[0]["random_knn"] == results[1]["random_knn"]
 
 
 def test_one_class_is_an_error_in_one_line(weights: Path, recipe: Recipe, tmp_path: Path) -> None:

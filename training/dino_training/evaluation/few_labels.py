@@ -63,6 +63,7 @@ class FewLabelsOptions:
     shots: tuple[int, ...] = (1, 5, 10, 20)
     draws: int = 3
     k: int = 20
+    """Neighbours that vote, but no more than a class has labelled images: further ones must be of other classes."""
     steps: int = 300
     """Of the supervised training, whatever the number of images."""
     batch_size: int = 32
@@ -138,13 +139,14 @@ def evaluate_few_labels(
     }
     right: dict[tuple[str, str], list[NDArray[np.bool_]]] = {}
     for shot in options.shots:
+        k = min(options.k, shot)
         for draw in range(options.draws):
             rows_M = draw_per_class(sets.train.labels, shot, options.draws * options.seed + draw)
             own_M = numbers_N[rows_M]
             found: dict[str, NDArray[np.bool_]] = {}
             for name, (known_ND, asked_QD) in embedded.items():
-                places = knn_places(known_ND[rows_M], own_M, asked_QD, own_Q, ks=(options.k,))
-                found[f"{name}_knn"] = places[options.k] == 0
+                places = knn_places(known_ND[rows_M], own_M, asked_QD, own_Q, ks=(k,))
+                found[f"{name}_knn"] = places[k] == 0
             known_ND, asked_QD = embedded["dino"]
             classify = fit_logistic(known_ND[rows_M], own_M, num_classes)
             found["dino_logistic"] = classify(asked_QD) == own_Q
