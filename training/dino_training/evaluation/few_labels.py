@@ -160,7 +160,7 @@ def evaluate_few_labels(
             words = ", ".join(f"{METHODS[method]} {100 * values_Q.mean():.1f} %" for method, values_Q in found.items())
             on_remark(f"{shot} a class, draw {draw + 1} of {options.draws}: {words}")
     return FewLabelsResult(
-        protocol="few labels: top-1 accuracy on unseen images",
+        protocol="few labels: top-1 accuracy, on unseen images unless said",
         figures=[
             _figure((method, str(shot)), right[method, str(shot)], options.seed)
             for method in METHODS
