@@ -12,6 +12,7 @@ import pytest
 from commands_in_process import Command
 from dino_search import copy_runs
 from dino_search.api import copying, duplicating
+from dino_search.copies import CopyFinder
 from running_service import RunningService, is_problem
 from sample_collections import jpeg
 
@@ -65,9 +66,9 @@ def test_what_was_prepared_for_an_earlier_state_is_freed_at_once(
     own_service: RunningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors of whole collections must not wait for the collector of circles, which comes round every few minutes."""
-    finders: list[weakref.ref[copying.CopyFinder]] = []
+    finders: list[weakref.ref[CopyFinder]] = []
 
-    class Watched(copying.CopyFinder):
+    class Watched(CopyFinder):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             finders.append(weakref.ref(self))
