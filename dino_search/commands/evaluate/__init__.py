@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from dino_search.commands.evaluate.collapse import collapse
 from dino_search.commands.evaluate.copies import copies
 from dino_search.commands.evaluate.knn import knn
 from dino_search.commands.evaluate.retrieval import retrieval
@@ -23,4 +24,7 @@ def add_commands(app: typer.Typer) -> None:
     evaluate.command(
         "copies", epilog="dino-search evaluate copies --queries ./copies --references ./originals --truth truth.csv"
     )(copies)
+    evaluate.command(
+        "collapse", epilog="dino-search evaluate collapse ./photos --out collapse --steps 300 --set batch_size=32"
+    )(collapse)
     app.add_typer(evaluate, name="evaluate")
