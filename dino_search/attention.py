@@ -29,7 +29,7 @@ from dino_index.image_bytes import DEFAULT_LIMITS, ReadLimits, read_file
 from dino_index.image_paths import absolute_path, is_below, separator_of
 from dino_index.images import decode, load_image
 from dino_index.indexing import Progress
-from dino_index.source_listing import list_sources
+from dino_index.source_listing import list_sources, shard_files
 from dino_index.video_frames import is_video, read_frames, require_opencv
 from dino_search.attention_sheet import MAX_ROWS, Row, draw_sheet, sheet_row
 from dino_training.evaluation.object_masks import MaskFolder, MaskScores, mask_result, read_mask
@@ -178,7 +178,7 @@ def draw_attention(
         _save(draw_sheet(rows), drawn.grid)
         if len(drawn.pictures) > len(rows):
             on_remark(f"{GRID_FILE} shows the first {len(rows)} of {len(drawn.pictures)} pictures")
-    if masks is not None:
+    if masks is not None and drawn.pictures:
         drawn.result = _judge(drawn, options, on_remark)
     return drawn
 
@@ -189,7 +189,7 @@ def _open_masks(plan: _Plan, options: AttentionOptions) -> MaskFolder | None:
         return None
     names = [file.mask_name for file in plan.files]
     masks = MaskFolder(options.masks, names)
-    if not any(is_video(file.path) for file in plan.files):  # whose frames are not counted yet
+    if plan.files and not any(file.is_video for file in plan.files):  # whose frames are not counted yet
         masks.require_any(names)
     return masks
 
@@ -210,6 +210,7 @@ class _Planned:
     path: str
     name: str
     mask_name: str
+    is_video: bool
 
 
 @dataclass(kw_only=True)
@@ -230,10 +231,15 @@ class _Plan:
             require_opencv(path)
         others = [path for path in given if path not in set(videos)]
         listing = list_sources(others)
+        if listing.num_repeated:
+            on_remark(f"{listing.num_repeated} rows of manifests name a file again; it is drawn once")
+        files = [*listing.files, *(file for shard in listing.shards for file in shard_files(shard))]
         names = _Names(on_remark)
-        paths = [file.path for file in listing.files] + videos
         return cls(
-            files=[names.take(path, others) for path in paths],
+            files=[
+                *(names.take(file.path, others, is_video=False) for file in files),
+                *(names.take(path, others, is_video=True) for path in videos),
+            ],
             failed={failure.path: (failure.reason, failure.message) for failure in listing.failures},
             ignored=listing.ignored,
             skipped=listing.skipped_folders + listing.skipped_files,
@@ -247,13 +253,13 @@ class _Names:
         self._on_remark = on_remark
         self._taken: set[str] = set()
 
-    def take(self, path: str, given: Sequence[str]) -> _Planned:
+    def take(self, path: str, given: Sequence[str], *, is_video: bool) -> _Planned:
         folder = next((folder for folder in given if path != folder and is_below(path, folder)), None)
         separator = separator_of(path)
         below = path.rpartition(separator)[2] if folder is None else path[len(folder) :].lstrip(separator)
         # A shard's member or a URL may hold parts that would lead out of the folder.
         parts = [part for part in below.replace(separator, "/").split("/") if part not in ("", ".", "..")]
-        name = wanted = os.path.splitext("/".join(parts))[0]
+        name = wanted = os.path.splitext("/".join(parts))[0] or "picture"
         number = 1
         # Some file systems take `A` and `a` for the same.
         while name.casefold() in self._taken:
@@ -262,7 +268,7 @@ class _Names:
         self._taken.add(name.casefold())
         if name != wanted:
             self._on_remark(f"{path}: {wanted} is another picture's; this one is in {name}")
-        return _Planned(path=path, name=name, mask_name=wanted)
+        return _Planned(path=path, name=name, mask_name=wanted, is_video=is_video)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +326,7 @@ class _Drawing:
     def _loaded(self, pool: ThreadPoolExecutor, size: int, num_ahead: int) -> Iterator[_Loaded | _Failure]:
         reading: deque[Future[_Loaded | _Failure]] = deque()
         for file in self._plan.files:
-            if is_video(file.path):
+            if file.is_video:
                 yield from _results(reading, 0)
                 yield from self._frames(file, size)
                 continue
@@ -404,7 +410,7 @@ def _refuse_existing(plan: _Plan, out: Path, options: AttentionOptions) -> None:
     """Raises OutputExists for the first file that would be overwritten without --force."""
     if options.masks is not None:
         refuse_existing_results(out, options.force)
-    places = [out / file.name / ("" if is_video(file.path) else _OVERLAY_FILE) for file in plan.files]
+    places = [out / file.name / ("" if file.is_video else _OVERLAY_FILE) for file in plan.files]
     places += [out / GRID_FILE] if options.grid else []
     for place in places:
         if os.path.lexists(place) and not options.force:

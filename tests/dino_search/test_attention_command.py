@@ -19,9 +19,11 @@ from dino_index.backbones import Backbone
 from dino_index.image_bytes import ReadLimits
 from dino_index.images import load_image
 from dino_index.model_files import resolve_model
+from dino_training import pretrain
 from dino_training.evaluation.object_masks import read_mask
 from opencv_stand_in import FRAME_SIZE, install_opencv, remove_opencv, write_video
-from sample_collections import write_pictures
+from sample_collections import jpeg, write_pictures, write_shard
+from tiny_runs import quick_runs, tiny_recipe
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -133,6 +135,10 @@ def test_when_no_picture_can_be_read_the_exit_status_is_1(
     ended = dino_search("attention", tmp_path / "bad.jpg", "--out", tmp_path / "out", "--model", tiny_model, "--grid")
     assert ended.code == 1
     assert "no picture could be read" in ended.err
+    (tmp_path / "masks").mkdir()
+    options = ["--out", tmp_path / "out", "--model", tiny_model, "--masks", tmp_path / "masks", "--json"]
+    empty = dino_search("attention", tmp_path / "masks", *options)
+    assert (empty.code, empty.json()["pictures"]) == (1, [])
     missing = dino_search("attention", tmp_path / "none.jpg", "--out", tmp_path / "out", "--model", tiny_model)
     assert missing.code == 1
     assert "no such file" in missing.err
@@ -328,3 +334,40 @@ def test_the_home_s_default_model_draws_where_none_is_named(
     printed = ended.json()
     assert printed["model"].startswith("bundled_v")
     assert len(printed["pictures"][0]["heads"]) == 3
+
+
+def test_a_fetched_model_and_one_s_own_backbone_draw_as_well(
+    dino_search: Command, photos: Path, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (home / "models").mkdir(parents=True)
+    shutil.copy(tiny_model, home / "models/vit_of_mine.safetensors")
+    with quick_runs():
+        recipe = tiny_recipe(epochs=1, architecture_args={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2})
+        pretrain([photos], tmp_path / "run", recipe)
+    for number, (model, num_heads, patches) in enumerate(
+        [("vit_of_mine", 1, [2, 2]), (tmp_path / "run/backbone.safetensors", 2, [4, 4])]
+    ):
+        options = ["--out", tmp_path / f"out-{number}", "--model", model, "--json"]
+        (drawn,) = dino_search("attention", photos / "dog/2.jpg", *options).json()["pictures"]
+        assert (len(drawn["heads"]), drawn["patches"]) == (num_heads, patches)
+
+
+def test_pictures_of_a_shard_are_drawn_under_their_names(
+    dino_search: Command, tiny_model: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    shard = write_shard(tmp_path / "s.tar", {"a/0.jpg": jpeg(0), "a/1.jpg": jpeg(1)})
+    ended = dino_search("attention", shard, "--out", tmp_path / "out", "--model", tiny_model, "--json")
+    folders = [Path(drawn["folder"]) for drawn in ended.json()["pictures"]]
+    assert folders == [tmp_path / "out/a/0", tmp_path / "out/a/1"]
+
+
+def test_rows_of_a_manifest_that_name_a_file_again_are_counted(
+    dino_search: Command, photos: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{photos}/cat/0.jpg\n{photos}/cat/0.jpg\n{photos}/gone.jpg\n")
+    ended = dino_search("attention", listed, "--out", tmp_path / "out", "--model", tiny_model, "--json")
+    printed = ended.json()
+    assert len(printed["pictures"]) == 1
+    assert [failed["reason"] for failed in printed["failed"]] == ["vanished"]
+    assert "1 rows of manifests name a file again" in ended.err

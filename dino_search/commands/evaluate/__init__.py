@@ -24,7 +24,5 @@ def add_commands(app: typer.Typer) -> None:
     evaluate.command(
         "copies", epilog="dino-search evaluate copies --queries ./copies --references ./originals --truth truth.csv"
     )(copies)
-    evaluate.command(
-        "collapse", epilog="dino-search evaluate collapse ./photos --out collapse --steps 300 --set batch_size=32"
-    )(collapse)
+    evaluate.command("collapse", epilog="dino-search evaluate collapse ./photos --out collapse --steps 300")(collapse)
     app.add_typer(evaluate, name="evaluate")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino_index.errors import RecipeError, RunExists, TrainingDiverged
+from dino_index.errors import EvaluationImpossible, RecipeError, RunExists, TrainingDiverged
 from dino_training.evaluation.collapse import (
     VARIANTS,
     CollapseOptions,
@@ -179,3 +179,17 @@ def test_values_that_are_not_finite_are_null_and_count_nowhere(tmp_path: Path) -
     assert read.to_json()["teacher_entropy"] == [None, 1.0] * 4
     assert read.at_end(read.teacher_entropy_S).tolist() == [1.0]
     assert len(read.points(read.kl_S)) == 8
+    assert read.at_end(np.array([1.0, 2.0, *[np.nan] * 6])).tolist() == [2.0]
+
+
+def test_a_run_without_one_finite_value_cannot_be_judged(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(paths: object, run: Path, *others: object, **named: object) -> RunSummary:
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text('{"event": "remark", "step": 1}\n')
+        raise TrainingDiverged("loss was not finite in 5 steps")
+
+    monkeypatch.setattr("dino_training.evaluation.collapse.pretrain", failing)
+    with pytest.raises(EvaluationImpossible, match=r"found no finite value: loss was not finite in 5 steps; --set"):
+        evaluate_collapse([noise], tmp_path, CollapseOptions(recipe=tiny_recipe(), epochs=1))

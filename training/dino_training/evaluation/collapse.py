@@ -93,10 +93,12 @@ class Curves:
         )
 
     def at_end(self, values_S: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The finite values of the last quarter of the steps; one nan if there is none."""
+        """The finite values of the last quarter of the steps, or the last one before; one nan if there is none."""
         last_S = values_S[-max(1, round(_END_FRAC * len(values_S))) :]
-        finite_S = last_S[np.isfinite(last_S)]
-        return finite_S if len(finite_S) else np.array([math.nan])
+        for part_S in (last_S[np.isfinite(last_S)], values_S[np.isfinite(values_S)][-1:]):
+            if len(part_S):
+                return part_S
+        return np.array([math.nan])
 
     def points(self, values_S: NDArray[np.float64]) -> list[tuple[float, float]]:
         return list(zip(self.steps_S.tolist(), values_S.tolist(), strict=True))
@@ -176,10 +178,10 @@ def evaluate_collapse(
             if summary.status == "stopped":
                 return None
         curves_of[name] = Curves.read(run)
-        if not len(curves_of[name].steps_S):
+        if not (np.isfinite(curves_of[name].teacher_entropy_S) & np.isfinite(curves_of[name].kl_S)).any():
             raise EvaluationImpossible(
-                f"the run in {run} has logged no step: {diverged.get(name, 'it is too short')}; lower learning_rate, "
-                "or give more --steps"
+                f"expected entropy and KL of each step of the run in {run}, found no finite value: "
+                f"{diverged.get(name, 'it has logged none')}; --set a lower learning_rate"
             )
     return _result(curves_of, recipe, options, diverged)
 
