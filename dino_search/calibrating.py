@@ -32,7 +32,7 @@ from dino_index.images import load_image
 from dino_index.indexing import Progress
 from dino_index.verdicts import load_verdicts, ordered_pair
 from dino_index.verification import VERIFIED_SCORE
-from dino_search.copies import CopyFinder, LocatedImage
+from dino_search.copies import CopyFinder, LocatedImage, located_images
 
 _PRECISIONS = (0.9, 0.95, 0.99, 0.999)
 _PICTURE_SIDE = 512
@@ -212,7 +212,7 @@ def _from_own_copies(
 def _choose(finder: CopyFinder, number: int) -> dict[int, LocatedImage]:
     """Images of distinct bytes, by id: those of the lowest sha256, which is as good as random."""
     with finder.catalog.reading() as session:
-        located = finder.located(session, finder.image_ids)
+        located = located_images(session, finder.image_ids)
     distinct = {image.sha256: image_id for image_id, image in sorted(located.items(), reverse=True)}
     return {distinct[sha256]: located[distinct[sha256]] for sha256 in sorted(distinct)[:number]}
 
@@ -247,7 +247,7 @@ def _sort(
     shown: ids of images that the query may show besides, which count as neither.
     """
     with finder.catalog.reading() as session:
-        images = finder.located(session, [detection.image_id for detection in detections])
+        images = located_images(session, [detection.image_id for detection in detections])
         verdicts = load_verdicts(session, [ordered_pair(sha256, image.sha256) for image in images.values()])
     true, false, num_left_out = [], [], 0
     for detection in detections:
@@ -277,7 +277,7 @@ def _originals_match(finder: CopyFinder, own: int, detection: Detection) -> bool
 def _from_pairs(finder: CopyFinder, path: Path, on_progress: Callable[[Progress], None]) -> tuple[_Found, str]:
     truth = _read_pairs(path)
     with finder.catalog.reading() as session:
-        ids_by_path = {image.path: image_id for image_id, image in finder.located(session, finder.image_ids).items()}
+        ids_by_path = {image.path: image_id for image_id, image in located_images(session, finder.image_ids).items()}
     unknown = sorted({name for names in truth.values() for name in names if name not in ids_by_path})
     if unknown:
         raise LabelFileError(

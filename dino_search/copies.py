@@ -158,6 +158,29 @@ class LocatedImage:
             return None
 
 
+def located_images(session: Session, image_ids: Sequence[int]) -> dict[int, LocatedImage]:
+    """Path and bytes of readable images of the catalog, by id."""
+    found = {}
+    for part in bound_parts(image_ids):
+        rows = session.execute(
+            select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.sha256, ImageRow.width, ImageRow.height)
+            .join(SourceRow, SourceRow.id == ImageRow.source_id)
+            .where(ImageRow.id.in_(part), ImageRow.status == "ok")
+        )
+        for image_id, source, name, sha256, width, height in rows:
+            found[image_id] = LocatedImage(join_path(decode_path(source), name), sha256 or b"", width or 1, height or 1)
+    return found
+
+
+def _load_reference(catalog: Catalog, side: int, limits: ReadLimits, image_id: int) -> Reference | None:
+    """The picture of an image, where its file still has the bytes that were embedded."""
+    with catalog.reading() as session:
+        image = located_images(session, [image_id]).get(image_id)
+    if image is None:  # removed by another process meanwhile
+        return None
+    return image.reference(side, limits)
+
+
 class CopyFinder:
     """Everything that copies in one collection are found with, as of one state of it. For one thread at a time."""
 
@@ -200,7 +223,9 @@ class CopyFinder:
                 np.concatenate([references.vectors_ND, parts.vectors_ND]),
             )
         self.search = CopySearch(references, self.descriptor)
-        self.detector = CopyDetector(backbone, self.search, self._load_reference, options.detection)
+        # Not a method: a circle of references would keep all vectors until the collector of circles comes round.
+        load_reference = partial(_load_reference, catalog, self._side, options.limits)
+        self.detector = CopyDetector(backbone, self.search, load_reference, options.detection)
 
     def find(
         self,
@@ -256,32 +281,9 @@ class CopyFinder:
         sha256 = hashlib.sha256(picture.tobytes()).digest()
         return make_query(picture, path=path, sha256=sha256, side=self._side, options=self.options.detection)
 
-    def _load_reference(self, image_id: int) -> Reference | None:
-        """The picture of an image, where its file still has the bytes that were embedded."""
-        with self.catalog.reading() as session:
-            image = self.located(session, [image_id]).get(image_id)
-        if image is None:  # removed by another process meanwhile
-            return None
-        return image.reference(self._side, self.options.limits)
-
-    def located(self, session: Session, image_ids: Sequence[int]) -> dict[int, LocatedImage]:
-        """Path and bytes of images of the collection, by id."""
-        found = {}
-        for part in bound_parts(image_ids):
-            rows = session.execute(
-                select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.sha256, ImageRow.width, ImageRow.height)
-                .join(SourceRow, SourceRow.id == ImageRow.source_id)
-                .where(ImageRow.id.in_(part), ImageRow.status == "ok")
-            )
-            for image_id, source, name, sha256, width, height in rows:
-                found[image_id] = LocatedImage(
-                    join_path(decode_path(source), name), sha256 or b"", width or 1, height or 1
-                )
-        return found
-
     def _matches(self, query: Query, detections: Sequence[Detection], rule: DecisionRule) -> list[CopyMatch]:
         with self.catalog.reading() as session:
-            images = self.located(session, [detection.image_id for detection in detections])
+            images = located_images(session, [detection.image_id for detection in detections])
             pairs = [ordered_pair(query.sha256, image.sha256) for image in images.values()]
             verdicts = load_verdicts(session, pairs)
         # One that is gone was removed by another process meanwhile.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import ImageRow, SourceRow, bound_parts
@@ -20,6 +20,13 @@ from dino_index.filters import Filter, matching_ids
 from dino_index.knn import vote
 from dino_index.vector_index import VectorIndex
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
+
+# Built once, as a service runs it for each search.
+_BY_ID = (
+    select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
+    .join(SourceRow, SourceRow.id == ImageRow.source_id)
+    .where(ImageRow.id.in_(bindparam("ids", expanding=True)))
+)
 
 
 def find_neighbours(
@@ -104,11 +111,7 @@ def _results(
 ) -> list[SearchResult]:
     facts: dict[int, tuple[str, str | None]] = {}
     for part in bound_parts(ids.tolist()):
-        rows = session.execute(
-            select(ImageRow.id, SourceRow.path, ImageRow.path, ImageRow.label)
-            .join(SourceRow, SourceRow.id == ImageRow.source_id)
-            .where(ImageRow.id.in_(part))
-        )
+        rows = session.execute(_BY_ID, {"ids": part})
         facts |= {image_id: (portable_path(source, name), label) for image_id, source, name, label in rows}
     return [
         SearchResult(rank=rank, image_id=image_id, path=facts[image_id][0], score=score, label=facts[image_id][1])

@@ -211,13 +211,19 @@ class ForwardPasses:
                 return item.future
             self._queue.append(item)
             self._changed.notify_all()
-        item.future.add_done_callback(lambda future: self._leave(item) if future.cancelled() else None)
+        # Knows nothing of the item: a circle of references would keep what it computes with for minutes.
+        item.future.add_done_callback(self._leave)
         return item.future
 
-    def _leave(self, item: _Waiting) -> None:
+    def _leave(self, future: Future[Any]) -> None:
+        """What was cancelled leaves the queue."""
+        if not future.cancelled():
+            return
         with self._changed:
-            if item in self._queue:
-                self._queue.remove(item)
+            for item in self._queue:
+                if item.future is future:
+                    self._queue.remove(item)
+                    return
 
     def _work(self, wide: bool) -> None:
         """The loop of one thread."""
@@ -237,6 +243,7 @@ class ForwardPasses:
                     self._running -= 1
                     self._alone = False
                     self._changed.notify_all()
+            del items  # and all that the work among them holds: the next may be long in coming
 
     def _next(self, wide: bool) -> list[_Waiting] | None:
         """What this thread computes next; waits for it. None when all is over."""

@@ -92,14 +92,12 @@ class _Shelf:
         self._name = name
         self._metrics = metrics
         self._vectors: VectorIndex | None = None
-        self._of: tuple[int, int, int, datetime | None] | None = None
+        self._of: tuple[int, int, int, datetime] | None = None
         self._catalog: Catalog | None = None
 
     def current(self, catalog: Catalog, session: Session, collection: CollectionInfo) -> VectorIndex:
         """The vectors as the session sees the collection; loaded where they have changed. In the shelf's thread."""
-        # The id alone may be that of a collection that was deleted before this one was made.
-        created_at = session.scalar(select(CollectionRow.created_at).where(CollectionRow.id == collection.id))
-        of = id(catalog), collection.id, collection.model_id, created_at
+        of = id(catalog), collection.id, collection.model_id, collection.created_at
         if self._vectors is None or self._of != of or not self._vectors.is_current(session, collection):
             self._vectors = VectorIndex.load(catalog, session, collection)
             # Held, so that the id of a catalog that was closed is not that of another one.

@@ -174,6 +174,21 @@ class Backbone:
         replica.halve(len(pixels_BHWC))
         return np.concatenate([self.attention(part_BHWC) for part_BHWC in np.array_split(pixels_BHWC, 2)])
 
+    def describe(
+        self, pixels_BHWC: NDArray[np.uint8], describe: Callable[[nn.Module, Tensor], Tensor]
+    ) -> NDArray[np.float16]:
+        """What `describe` gives of the model and normalised pictures: other vectors than `embed`'s, a row a picture.
+
+        Memory is treated as `embed` does. Raises OutOfMemory.
+        """
+        (vectors_BF,) = self._embed_in_parts(pixels_BHWC, lambda replica, pixels: replica.describe(pixels, describe))
+        return vectors_BF
+
+    @property
+    def model(self) -> nn.Module:
+        """The network on the first device, to be looked at and not changed."""
+        return self._replicas[0].model
+
     def embed_tensor(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """The same as float32 tensors on the model's device. pixels_BHWC: RGB, uint8 or float, 0..255."""
         return self._replicas[0].forward(pixels_BHWC)
@@ -227,10 +242,7 @@ class _Replica:
         try:
             # Convolutions are up to 1.8 times as fast in this layout, in which the pixels come; nothing else minds.
             self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
-            # Pixels are 0..255: scaling by 255 is folded into the normalisation.
-            self._shift = self._per_channel(spec.mean)
-            self._scale = 1 / self._per_channel(spec.std)
-            self._mixing = _channel_mixing(spec, device)
+            self._normalise = Normaliser(spec, device)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -256,15 +268,12 @@ class _Replica:
     def attention(self, pixels_BHWC: Tensor) -> Tensor:
         return attention_maps(self.model, self._normalised(pixels_BHWC))
 
+    @torch.inference_mode()
+    def describe(self, pixels_BHWC: Tensor, describe: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor]:
+        return (describe(self.model, self._normalised(pixels_BHWC)),)
+
     def _normalised(self, pixels_BHWC: Tensor) -> Tensor:
-        # Returns at once for pixels in page-locked memory: the GPU fetches them.
-        pixels_BHWC = pixels_BHWC.to(self.device, non_blocking=True)
-        pictures_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        if self._mixing is not None:
-            shares_C3, constant_C = self._mixing
-            pictures_BCHW = torch.einsum("cr,brhw->bchw", shares_C3, pictures_BCHW) + constant_C.view(1, -1, 1, 1)
-        pictures_BCHW = pictures_BCHW.sub_(self._shift).mul_(self._scale)
-        return pictures_BCHW.to(self._dtype, memory_format=torch.channels_last)
+        return self._normalise(pixels_BHWC).to(self._dtype, memory_format=torch.channels_last)
 
     def halve(self, num_pictures: int) -> None:
         """Takes note that so many pictures do not fit into memory. Raises OutOfMemory where that is one."""
@@ -282,8 +291,29 @@ class _Replica:
             num_pictures, self.device, self.max_pictures,
         )  # fmt: skip
 
+
+class Normaliser:
+    """Pixels as a model takes them: its channels, from red, green and blue, with its mean and deviation."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self._device = device
+        # Pixels are 0..255: scaling by 255 is folded into the normalisation.
+        self._shift = self._per_channel(spec.mean)
+        self._scale = 1 / self._per_channel(spec.std)
+        self._mixing = _channel_mixing(spec, device)
+
+    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
+        """pictures_BCHW: float32, on the device. pixels_BHWC: RGB, uint8 or float, 0..255."""
+        # Returns at once for pixels in page-locked memory: the GPU fetches them.
+        pixels_BHWC = pixels_BHWC.to(self._device, non_blocking=True)
+        pictures_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+        if self._mixing is not None:
+            shares_C3, constant_C = self._mixing
+            pictures_BCHW = torch.einsum("cr,brhw->bchw", shares_C3, pictures_BCHW) + constant_C.view(1, -1, 1, 1)
+        return pictures_BCHW.sub_(self._shift).mul_(self._scale)
+
     def _per_channel(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=self.device).mul(255).view(1, -1, 1, 1)
+        return torch.tensor(values, device=self._device).mul(255).view(1, -1, 1, 1)
 
 
 def use_threads(num_threads: int) -> None:
@@ -379,25 +409,39 @@ def load_model(spec: ModelSpec) -> nn.Module:
         weights = load_file(spec.weights_path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{spec.weights_path} is no readable safetensors file: {error}") from error
+    preset = timm.get_pretrained_cfg(spec.architecture) if timm.is_model(spec.architecture) else None
+    classifier_name: Any = preset.classifier if preset else "head"
+    if isinstance(classifier_name, tuple):  # a distilled DeiT has two
+        classifier_name = classifier_name[0]
+    # Weights with a classifier load whole, strictly; its output is never used.
+    classifier = weights.get(f"{classifier_name}.weight")
+    model = _build_model(spec, None if classifier is None else classifier.shape[0])
+    _load_strictly(model, weights, spec)
+    _set_input_size(model, spec)
+    return model.eval().requires_grad_(False)
+
+
+def random_model(spec: ModelSpec) -> nn.Module:
+    """The same with random weights, drawn from torch's generator; in evaluation mode. Raises as `load_model` does."""
+    model = _build_model(spec)
+    _set_input_size(model, spec)
+    return model.eval()
+
+
+def _build_model(spec: ModelSpec, num_classes: int | None = None) -> nn.Module:
+    """The architecture as timm builds it. Raises ArchitectureUnknown."""
     if not timm.is_model(spec.architecture):
         raise ArchitectureUnknown(
             f"timm {timm.__version__} has no architecture {spec.architecture!r}, which {spec.weights_path} is for"
         )
     arguments: dict[str, Any] = {"num_classes": 0, **spec.architecture_args}
-    preset = timm.get_pretrained_cfg(spec.architecture)
-    classifier_name: Any = preset.classifier if preset else "head"
-    if isinstance(classifier_name, tuple):  # a distilled DeiT has two
-        classifier_name = classifier_name[0]
-    if (classifier := weights.get(f"{classifier_name}.weight")) is not None:
-        # Weights with a classifier load whole, strictly; its output is never used.
-        arguments["num_classes"] = classifier.shape[0]
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
     try:
         model: nn.Module = timm.create_model(spec.architecture, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise ArchitectureUnknown(f"timm refuses {spec.architecture} with {arguments}: {error}") from error
-    _load_strictly(model, weights, spec)
-    _set_input_size(model, spec)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, Tensor], spec: ModelSpec) -> None:

@@ -6,10 +6,11 @@ import os
 import re
 import shlex
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from dino_index.catalog import CollectionRow, ImageRow, ModelRow, SettingRow, SourceRow
@@ -19,6 +20,16 @@ from dino_index.image_paths import is_url, separator_of
 from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model
 
 _PENDING_MODEL = "reindex:"
+# What a service asks for each search, built once: putting a statement together takes as long as running it.
+_BY_NAME = (
+    select(
+        CollectionRow.id, CollectionRow.name, CollectionRow.model_id, ModelRow.name.label("model_name"),
+        ModelRow.config.label("model_config"), ModelRow.fingerprint, ModelRow.dim, CollectionRow.created_at,
+    )
+    .join(ModelRow, ModelRow.id == CollectionRow.model_id)
+    .where(CollectionRow.name == bindparam("name"))
+)  # fmt: skip
+_GENERATION = select(CollectionRow.generation).where(CollectionRow.id == bindparam("collection_id"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,8 @@ class CollectionInfo:
     model_config: dict[str, Any]
     fingerprint: str
     dim: int
+    created_at: datetime
+    """Tells it from one of the same id that was deleted before it was made."""
 
 
 def find_collection(session: Session, name: str) -> CollectionInfo:
@@ -41,20 +54,12 @@ def find_collection(session: Session, name: str) -> CollectionInfo:
     """
     if not name or len(name) > 255 or not name.isprintable():
         raise CollectionError(f"a collection's name has 1 to 255 printable characters, found {name!r}")
-    row = session.execute(
-        select(CollectionRow, ModelRow)
-        .join(ModelRow, ModelRow.id == CollectionRow.model_id)
-        .where(CollectionRow.name == name)
-    ).one_or_none()
+    row = session.execute(_BY_NAME, {"name": name}).one_or_none()
     if row is None:
         names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
         found = f"found {', '.join(names)}" if names else "nothing has been indexed yet"
         raise CollectionNotFound(f"no collection {name!r}: {found}; run: dino-search index PATH{option_for(name)}")
-    collection, model = row
-    return CollectionInfo(
-        id=collection.id, name=collection.name, model_id=model.id, model_name=model.name,
-        model_config=model.config, fingerprint=model.fingerprint, dim=model.dim,
-    )  # fmt: skip
+    return CollectionInfo(**row._mapping)
 
 
 def create_collection(session: Session, name: str, spec: ModelSpec, dim: int) -> CollectionInfo:
@@ -167,7 +172,7 @@ def model_of(collection: CollectionInfo, models: Path | None = None) -> ModelSpe
 
 def generation_of(session: Session, collection: CollectionInfo) -> int:
     """The collection's generation as this session sees it."""
-    return session.scalars(select(CollectionRow.generation).where(CollectionRow.id == collection.id)).one()
+    return session.scalars(_GENERATION, {"collection_id": collection.id}).one()
 
 
 def advance_generation(session: Session, collection: CollectionInfo) -> int:

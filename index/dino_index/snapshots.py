@@ -26,7 +26,7 @@ import faiss
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from sqlalchemy import delete, func, select
+from sqlalchemy import bindparam, delete, func, select
 from sqlalchemy.orm import Session
 
 from dino_index.approximate_search import ApproximateSearch
@@ -53,6 +53,13 @@ _MAX_GONE_FRAC = 0.1
 _GONE = -1
 # Held out of the index while its search effort is chosen, so they must be no special ones.
 _NUM_SHUFFLED = 4096
+# Built once, as a service runs it for each picture.
+_BY_CONTENT = select(EmbeddingRow.vector).where(
+    EmbeddingRow.sha256 == bindparam("sha256"),
+    EmbeddingRow.model_id == bindparam("model_id"),
+    EmbeddingRow.kind == "cls",
+    EmbeddingRow.region == "full",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +134,7 @@ def count_vectors(session: Session, collection: CollectionInfo, *, after_generat
 
 def stored_vector(session: Session, collection: CollectionInfo, sha256: bytes) -> NDArray[np.float16] | None:
     """The raw [CLS] of these bytes, (1, D), where the catalog has it and it is whole."""
-    vector = session.scalars(
-        select(EmbeddingRow.vector).where(
-            EmbeddingRow.sha256 == sha256,
-            EmbeddingRow.model_id == collection.model_id,
-            EmbeddingRow.kind == "cls",
-            EmbeddingRow.region == "full",
-        )
-    ).one_or_none()
+    vector = session.scalars(_BY_CONTENT, {"sha256": sha256, "model_id": collection.model_id}).one_or_none()
     if vector is None or len(vector) != 2 * collection.dim:
         return None
     return np.frombuffer(vector, np.float16)[None]

@@ -65,7 +65,7 @@ _BIAS, _PER_AGREEMENT, _PER_LOG_INLIERS = -8.92, 9.45, 1.40
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patches:
-    """What is kept of a picture for verification; about 200 KB with the bundled model.
+    """What is kept of a picture for verification; about 600 KB with the bundled model, once it has been compared.
 
     patches_hwP: float16, of `Backbone.embed_with_patches`. grey_SS: uint8, the picture squashed to a square.
     width, height: of the whole upright picture in pixels.

@@ -32,6 +32,14 @@ def export_backbone(backbone: nn.Module, recipe: Recipe, path: Path, card: dict[
         "std": list(recipe.std),
         "card": card,
     }
+    save_weights(backbone, description, path)
+
+
+def save_weights(backbone: nn.Module, description: dict[str, Any], path: Path) -> None:
+    """Writes weights (float32) under a temporary name first, the description in the file's metadata.
+
+    description: as `dino_index.model_files` reads it. Raises OutputUnwritable.
+    """
     weights = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in backbone.state_dict().items()
     }

@@ -53,7 +53,7 @@ def cut_views(
         from_global = is_local and recipe.local_source == "global"
         source = squares[view % recipe.num_global_views] if from_global else image
         scale = recipe.local_scale if is_local else recipe.global_scale
-        squares.append(_resized_crop(source, size, scale, recipe.aspect_ratio, rng))
+        squares.append(resized_crop(source, size, scale, recipe.aspect_ratio, rng))
     flips = rng.random(len(squares)) < recipe.flip_prob
     views = []
     for square, flip in zip(squares, flips.tolist(), strict=True):
@@ -104,7 +104,7 @@ def squash(pixels_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def _resized_crop(
+def resized_crop(
     image: Image.Image, size: int, scale: Sequence[float], aspect_ratio: Sequence[float], rng: np.random.Generator
 ) -> Image.Image:
     """A part of the image by area and aspect ratio, as a square; the middle of it where no draw fits."""
@@ -138,7 +138,7 @@ def _edited(
         if not chosen[number]:
             continue
         if kinds[number] == "paste" and background is not None:
-            canvas = _resized_crop(Image.fromarray(background), size[0], (0.3, 1.0), (0.75, 4 / 3), rng)
+            canvas = resized_crop(Image.fromarray(background), size[0], (0.3, 1.0), (0.75, 4 / 3), rng)
             square = paste(square, rng, background=canvas)
         else:
             square = EDITS[kinds[number]](square, rng)

@@ -37,6 +37,16 @@ OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Write result.json, table.md and plot.png there.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of draws and confidence intervals.")]
+LearnedFromOption = Annotated[
+    Path,
+    typer.Option(
+        "--train", metavar="PATH", help="Pictures in folders named by their class; or a set with its labels' files."
+    ),
+]
+JudgedOption = Annotated[Path, typer.Option("--val", metavar="PATH", help="The same, to be classified.")]
+PerClassOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Draw N training images a class.", show_default="all")
+]
 TruthOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE.csv", help="Columns query, reference and perhaps junk; empty reference: no match."),
@@ -76,7 +86,8 @@ class Place:
             )
 
     @contextmanager
-    def store(self) -> Iterator[FeatureStore]:
+    def store(self, what: str = "embedding") -> Iterator[FeatureStore]:
+        """what: is being done, for the bar of progress."""
         from dino_index.model_files import resolve_model
         from dino_index.model_store import models_folder, resolve_default
         from dino_search.models import Models
@@ -88,7 +99,7 @@ class Place:
             spec = resolve_model(
                 self._model, input_size=self._input_size, models=models_folder(self._home), on_remark=tell
             )
-        with progress_bar("embedding") as show:
+        with progress_bar(what) as show:
             store = FeatureStore(
                 spec,
                 device=self._device,  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 
 from commands_in_process import Command
 from dino_search import copy_runs
-from dino_search.api import duplicating
+from dino_search.api import copying, duplicating
+from dino_search.copies import CopyFinder
 from running_service import RunningService, is_problem
 from sample_collections import jpeg
 
@@ -57,6 +60,31 @@ def test_compare_takes_images_by_id_and_no_vectors(service: RunningService) -> N
 
 def test_a_model_without_a_calibration_and_few_images_is_a_problem(service: RunningService) -> None:
     assert is_problem(service.http.post("/copies", json={"image_id": 1}), 409, "calibration-impossible")
+
+
+def test_what_was_prepared_for_an_earlier_state_is_freed_at_once(
+    own_service: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of whole collections must not wait for the collector of circles, which comes round every few minutes."""
+    finders: list[weakref.ref[CopyFinder]] = []
+
+    class Watched(CopyFinder):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            finders.append(weakref.ref(self))
+
+    monkeypatch.setattr(copying, "CopyFinder", Watched)
+    asked = {"image_id": 1, "copy_score": 0.9}
+    gc.disable()
+    try:
+        for number in range(3):
+            assert own_service.http.post("/copies", json=asked).json()["queries"][0]["matches"]
+            new = {"image": (f"{number}.jpg", jpeg(200 + number))}
+            assert own_service.http.post("/collections/default/images", files=new).status_code == 201
+        assert len(finders) == 3
+        assert [finder() is None for finder in finders[:2]] == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_duplicates_are_what_the_command_prints_in_pages(

@@ -76,7 +76,7 @@ class FeatureStore:
         self.on_progress = on_progress
         self.on_remark = on_remark
         self._device: Device = device
-        self._cache_folder = cache
+        self.cache_folder = cache
         self._cache = FeatureCache(cache, spec.fingerprint, on_remark) if cache is not None else None
 
     @cached_property
@@ -103,7 +103,7 @@ class FeatureStore:
             replace(self.spec, input_size=input_size),
             device=self._device,
             settings=self.settings,
-            cache=self._cache_folder,
+            cache=self.cache_folder,
             on_progress=self.on_progress,
             on_remark=self.on_remark,
         )

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_index.errors import EvaluationImpossible
 from dino_index.labels import labels_from_folders
 from dino_index.snapshots import normalise
-from dino_training.evaluation.bootstrap import interval_of_mean
+from dino_training.evaluation.classification import top_figures
 from dino_training.evaluation.features import FeatureStore, Pictures, StrPath
-from dino_training.evaluation.metrics import top_k_accuracy
-from dino_training.evaluation.results import EvaluationResult, Figure
+from dino_training.evaluation.labelled_images import draw_per_class, require_classes, require_labelled
+from dino_training.evaluation.results import EvaluationResult
 from dino_training.evaluation.voting import KS, NO_CLASS, TEMPERATURE, knn_places
-
-_TOPS = (1, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +54,8 @@ def evaluate_knn(
     """
     options = options or KnnOptions()
     training, queries = _Labelled.of(store.embed_folder(train)), _Labelled.of(store.embed_folder(val))
-    if len(training.classes) < 2:
-        found = f"one ({training.classes[0]})" if training.classes else "none"
-        raise EvaluationImpossible(
-            f"expected two classes or more below {training.pictures.folder}, each a folder with its pictures, found "
-            f"{found}: with one class every answer is right; name the folder that holds the folders of classes"
-        )
-    if not len(queries.chosen):
-        raise EvaluationImpossible(
-            f"expected pictures in folders of their classes below {queries.pictures.folder}, found "
-            f"{len(queries.pictures)} pictures, none of them in a folder; sort them into folders named as in "
-            f"{training.pictures.folder}"
-        )
+    require_classes(training.classes, training.pictures.folder)
+    require_labelled(len(queries.chosen), len(queries.pictures), queries.pictures.folder, training.pictures.folder)
     shots = training if options.per_class is None else training.drawn(options.per_class, options.seed)
     numbers = {name: number for number, name in enumerate(training.classes)}
     places = knn_places(
@@ -80,15 +67,8 @@ def evaluate_knn(
         temperature=options.temperature,
         device=store.device,
     )
-    figures = [
-        Figure(
-            keys=(f"top{top}", str(k)),
-            value=top_k_accuracy(places_Q, top),
-            interval=interval_of_mean((places_Q >= 0) & (places_Q < top), seed=options.seed),
-        )
-        for top in _TOPS
-        for k, places_Q in places.items()
-    ]
+    tops = [top_figures(places_Q, str(k), seed=options.seed) for k, places_Q in places.items()]
+    figures = [figure for of_one_top in zip(*tops, strict=True) for figure in of_one_top]
     only_in_val = sorted(set(queries.classes) - set(training.classes))
     return EvaluationResult(
         protocol=f"weighted k-NN classification, {store.spec.name}",
@@ -132,14 +112,7 @@ class _Labelled:
 
     def drawn(self, per_class: int, seed: int) -> _Labelled:
         """At most so many of each class; the same ones for the same seed and pictures."""
-        rng = np.random.default_rng(seed)
-        kept: Counter[str] = Counter()
-        rows = []
-        for row in rng.permutation(len(self.chosen)).tolist():
-            if kept[self.labels[row]] < per_class:
-                kept[self.labels[row]] += 1
-                rows.append(row)
-        rows.sort()
+        rows = draw_per_class(self.labels, per_class, seed).tolist()
         return _Labelled(
             pictures=self.pictures,
             chosen=self.chosen[rows],
