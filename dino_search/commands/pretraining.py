@@ -72,7 +72,7 @@ def pretrain(
 
     init, teacher = (name and _file_of(name, home) for name in (init, teacher))
     chosen = _load(recipe, out, resume, teacher, settings or [], {"labels": labels, "device": device})
-    with stopping_on_signals("this step and a checkpoint") as signals, _progress() as show:
+    with stopping_on_signals("this step and a checkpoint") as signals, training_progress() as show:
         summary = run_pretraining(
             images, out, chosen, init=init, resume=resume,
             on_progress=show, on_remark=tell, should_stop=lambda: bool(signals),
@@ -138,7 +138,7 @@ def _print_summary(summary: RunSummary) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def training_progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the figures of the run on a terminal; a line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _plain_lines()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dino_index.errors import OutputExists, OutputUnwritable
 from dino_training.evaluation.bootstrap import Interval
 from dino_training.evaluation.plots import Bar, draw_bars
@@ -61,6 +63,11 @@ class EvaluationResult:
             lines += ["", *(f"- {remark}" for remark in self.remarks)]
         return "\n".join(lines) + "\n"
 
+    def plot(self) -> Image.Image:
+        """The figures as bars."""
+        bars = [Bar(figure.name, figure.value, figure.interval) for figure in self.figures]
+        return draw_bars(self.protocol, bars)
+
 
 def refuse_existing_results(folder: Path, force: bool) -> None:
     """Raises OutputExists where the folder holds results already, unless forced."""
@@ -71,13 +78,12 @@ def refuse_existing_results(folder: Path, force: bool) -> None:
 
 def write_results(result: EvaluationResult, folder: Path) -> None:
     """result.json, table.md and plot.png in a folder, which is made. Raises OutputUnwritable."""
-    bars = [Bar(figure.name, figure.value, figure.interval) for figure in result.figures]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / TABLE_FILE).write_text(result.to_markdown(), encoding="utf-8")
-        draw_bars(result.protocol, bars).save(folder / PLOT_FILE)
+        result.plot().save(folder / PLOT_FILE)
     except OSError as error:
         raise OutputUnwritable(
             f"the results cannot be written to {folder}: {error.strerror or error}; name another folder with --out"
