@@ -17,6 +17,7 @@ import typer.core
 
 from dino_index.errors import DinoSearchError
 from dino_search.commands import (
+    attention,
     bench,
     catalog,
     copies,
@@ -92,6 +93,7 @@ for register in (
     duplicates,
     pretraining,
     evaluate,
+    attention,
     models,
     reindexing,
     relocating,

@@ -7,8 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dino_index.catalog import Catalog
-from dino_index.model_files import BUNDLED
-from dino_index.model_store import StoredModel, default_model, fetch_model, list_models, set_default_model
+from dino_index.model_files import BUNDLED, ModelSpec, resolve_model
+from dino_index.model_store import (
+    StoredModel,
+    default_model,
+    fetch_model,
+    list_models,
+    models_folder,
+    resolve_default,
+    set_default_model,
+)
 from dino_search.home import default_database, default_home
 
 
@@ -34,6 +42,18 @@ class Models:
                 return default_model(session)
         finally:
             catalog.close()
+
+    def resolve(
+        self,
+        model: str | None,
+        *,
+        input_size: int | None = None,
+        on_remark: Callable[[str], None] = lambda remark: None,
+    ) -> ModelSpec:
+        """What `--model` names, None being the home's default. Raises ModelError, OutputUnwritable, CatalogError."""
+        if model is None:
+            return resolve_default(self.default(), self.home, input_size=input_size)
+        return resolve_model(model, input_size=input_size, models=models_folder(self.home), on_remark=on_remark)
 
     def get(
         self,

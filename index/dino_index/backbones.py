@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dino_index.attention import attention_maps
+from dino_index.attention import attention_maps, has_attention
 from dino_index.descriptors import descriptors, descriptors_and_patches, patches
 from dino_index.errors import ArchitectureUnknown, ModelError, OutOfMemory, WeightsMismatch
 from dino_index.matrix_products import bfloat16_is_faster
@@ -91,6 +91,11 @@ class Backbone:
         return int(getattr(patch_embed, "patch_size", (1,))[0])
 
     @property
+    def has_attention(self) -> bool:
+        """Whether `attention` can be asked for."""
+        return has_attention(self._replicas[0].model)
+
+    @property
     def max_waiting(self) -> int:
         """Batches to hand over before waiting for the oldest: a GPU is not to wait for its next pixels."""
         return self.num_passes if self._is_shared else 2 * self.num_passes
@@ -155,9 +160,19 @@ class Backbone:
         return patches_BhwP
 
     def attention(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """maps_BHhw: where the last block looks, for each head; see `attention_maps`. Raises AttentionUnavailable."""
+        """maps_BHhw: where the last block looks, for each head; see `attention_maps`.
+
+        Raises AttentionUnavailable; OutOfMemory where a single picture does not fit.
+        """
         replica: _Replica = getattr(self._thread, "replica", self._replicas[0])
-        return replica.attention(torch.from_numpy(pixels_BHWC)).cpu().numpy()
+        try:
+            return replica.attention(torch.from_numpy(pixels_BHWC)).cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # After the block: the error would keep the tensors of the pass in memory.
+        replica.halve(len(pixels_BHWC))
+        return np.concatenate([self.attention(part_BHWC) for part_BHWC in np.array_split(pixels_BHWC, 2)])
 
     def describe(
         self, pixels_BHWC: NDArray[np.uint8], describe: Callable[[nn.Module, Tensor], Tensor]

@@ -35,7 +35,7 @@ DinoSearchError
 │   ├── PruneRefused        pruning would drop more than looks intended
 │   ├── ManifestError       a manifest that cannot be read, lacks its column or has a malformed row
 │   ├── SetFileUnusable     a file of a published set (IDX, CIFAR, STL-10) that is cut off, another one, or unlabelled
-│   ├── BackendMissing      a URL whose file system needs a package that is not installed
+│   ├── BackendMissing      a URL or a video that needs a package which is not installed
 │   └── RelocationRefused   files are not at the new place, or are known there already
 ├── FilterError             a filter that cannot be parsed or names no field of the collection
 ├── RecipeError             a pretraining recipe with an unknown key or a value out of range

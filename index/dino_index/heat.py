@@ -5,6 +5,8 @@ Shapes: H x W pixels, C = 3 colours, h x w patches.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,16 +24,29 @@ def with_heat(picture_HWC: NDArray[np.uint8], map_hw: NDArray[np.float32]) -> ND
     The map is stretched to its own range, so that heat compares places in one picture and not pictures. A few patches
     often take most of the attention: the range ends below them.
     """
+    picture = Image.fromarray(picture_HWC)
+    heat = draw_heat(map_hw, picture.size).convert("RGB")
+    return np.asarray(Image.blend(picture.convert("L").convert("RGB"), heat, _HEAT_SHARE))
+
+
+def draw_heat(map_hw: NDArray[np.float32], size: tuple[int, int]) -> Image.Image:
+    """The map alone in a size (width, height), stretched as `with_heat` does; 256 colours with a palette.
+
+    A byte a pixel: a map of a large photograph takes no more memory than its grey picture.
+    """
     lowest, highest = np.quantile(map_hw, (0, _HEAT_QUANTILE))
     level_hw = np.clip((map_hw - lowest) / max(highest - lowest, 1e-12), 0, 1).astype(np.float32)
-    size = picture_HWC.shape[1], picture_HWC.shape[0]
-    level_HW = np.asarray(Image.fromarray(level_hw).resize(size, Resampling.BICUBIC))  # overshoots a little
-    grey_HW1 = np.asarray(Image.fromarray(picture_HWC).convert("L"))[..., None]
-    mixed_HWC = _HEAT_SHARE * _heat(level_HW) + (1 - _HEAT_SHARE) * grey_HW1
-    return mixed_HWC.round().astype(np.uint8)
+    level_HW = np.array(Image.fromarray(level_hw).resize(size, Resampling.BICUBIC))
+    np.clip(level_HW, 0, 1, out=level_HW)  # bicubic overshoots a little
+    level_HW *= 255
+    drawn = Image.fromarray(np.rint(level_HW, out=level_HW).astype(np.uint8))
+    drawn.putpalette(_palette())
+    return drawn
 
 
-def _heat(level_HW: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Colours 0..255 of levels 0..1; of levels outside, those of the nearer end."""
-    stops = np.linspace(0, 1, len(_HEAT_COLOURS))
-    return np.stack([np.interp(level_HW, stops, channel) for channel in zip(*_HEAT_COLOURS, strict=True)], axis=-1)
+@cache
+def _palette() -> bytes:
+    """Red, green and blue of 256 levels."""
+    levels, stops = np.linspace(0, 1, 256), np.linspace(0, 1, len(_HEAT_COLOURS))
+    channels = [np.interp(levels, stops, channel) for channel in zip(*_HEAT_COLOURS, strict=True)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8).tobytes()

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from dino_index.attention import attention_maps, has_attention
-from dino_index.errors import ModelError
+from dino_index.backbones import Backbone
+from dino_index.errors import ModelError, OutOfMemory
+from dino_index.model_files import resolve_model
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
 
@@ -93,3 +98,43 @@ def test_a_model_without_such_attention_is_refused(architecture: str, arguments:
 
 def test_a_vision_transformer_has_attention() -> None:
     assert has_attention(vit(reg_tokens=2))
+
+
+def test_maps_equal_a_softmax_by_hand_from_the_stored_weights(tiny_model: Path) -> None:
+    weights = load_file(tiny_model)
+    backbone = Backbone(resolve_model(tiny_model), device="cpu", dtype=torch.float32)
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    spec = backbone.spec
+    values_HWC = (pixels_HWC / 255 - np.array(spec.mean)) / np.array(spec.std)
+    patches = [values_HWC[top : top + 16, left : left + 16] for top in (0, 16) for left in (0, 16)]
+    kernel_DK = weights["patch_embed.proj.weight"].reshape(64, -1)
+    embedded = [kernel_DK @ patch.transpose(2, 0, 1).reshape(-1) for patch in patches]
+    tokens_ND = np.stack([weights["cls_token"][0, 0], *(row + weights["patch_embed.proj.bias"] for row in embedded)])
+    tokens_ND = tokens_ND + weights["pos_embed"][0]
+    centred_ND = tokens_ND - tokens_ND.mean(axis=1, keepdims=True)
+    normed_ND = centred_ND / np.sqrt((centred_ND**2).mean(axis=1, keepdims=True) + 1e-6)
+    normed_ND = normed_ND * weights["blocks.0.norm1.weight"] + weights["blocks.0.norm1.bias"]
+    qkv_N3D = normed_ND @ weights["blocks.0.attn.qkv.weight"].T + weights["blocks.0.attn.qkv.bias"]
+    scores_N = qkv_N3D[:, 64:128] @ qkv_N3D[0, :64] / 64**0.5
+    softmax_N = np.exp(scores_N - scores_N.max()) / np.exp(scores_N - scores_N.max()).sum()
+    assert softmax_N.std() > 1e-4  # uneven, or the comparison would say nothing
+    maps_BHhw = backbone.attention(pixels_HWC[None])
+    np.testing.assert_allclose(maps_BHhw, softmax_N[1:].reshape(1, 1, 2, 2), rtol=1e-4)
+
+
+def test_what_does_not_fit_into_memory_is_done_in_halves(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(resolve_model(tiny_model), device="cpu", dtype=torch.float32)
+    pixels_BHWC = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    expected = backbone.attention(pixels_BHWC)
+    room = [2]
+
+    def little_memory(model: nn.Module, pictures_BCHW: Tensor) -> Tensor:
+        if len(pictures_BCHW) > room[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return attention_maps(model, pictures_BCHW)
+
+    monkeypatch.setattr("dino_index.backbones.attention_maps", little_memory)
+    np.testing.assert_allclose(backbone.attention(pixels_BHWC), expected, rtol=1e-5)
+    room[0] = 0
+    with pytest.raises(OutOfMemory, match="one picture of 32x32 px does not fit"):
+        backbone.attention(pixels_BHWC)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dino_training.collapse import WINDOW_STEPS, Collapse, CollapseWatch
+from dino_training.collapse import WINDOW_STEPS, Collapse, CollapseWatch, name_collapse
 
 K = 64
 LN_K = math.log(K)
@@ -89,3 +89,12 @@ def test_single_steps_do_not_count_as_a_collapse() -> None:
 def test_a_resumed_watch_waits_until_it_has_seen_enough() -> None:
     ((step, _),) = observe(watch(ignore_steps=100), UNIFORM, first=1000, num_steps=100)
     assert step == 1000 + WINDOW_STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("entropy", "mean_entropy", "kind"),
+    [(6.92, 6.93, "uniform"), (0.01, 0.02, "single_dimension"), (3.0, 3.01, "constant"), (3.0, 5.0, None)],
+)
+def test_means_over_steps_are_named_without_a_watch(entropy: float, mean_entropy: float, kind: str | None) -> None:
+    found = name_collapse(1024, entropy=entropy, mean_entropy=mean_entropy, spread=1.0)
+    assert (found.kind if found is not None else None) == kind

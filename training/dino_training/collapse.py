@@ -34,7 +34,7 @@ class CollapseWatch:
 
     def __init__(self, num_prototypes: int | None, *, ignore_steps: int) -> None:
         """num_prototypes: K, or None for a loss without prototypes. ignore_steps: how long a flat start is usual."""
-        self._ln_k = math.log(num_prototypes) if num_prototypes and num_prototypes > 1 else None
+        self._num_prototypes = num_prototypes
         self._ignore_steps = ignore_steps
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW_STEPS)
         self._named: set[str] = set()
@@ -51,38 +51,44 @@ class CollapseWatch:
         if len(self._recent) < WINDOW_STEPS:
             return None
         entropy, mean_entropy, spread = (sum(values) / len(values) for values in zip(*self._recent, strict=True))
-        found = self._name(entropy, mean_entropy, spread)
+        found = name_collapse(self._num_prototypes, entropy=entropy, mean_entropy=mean_entropy, spread=spread)
         if found is None or found.kind in self._named:
             return None
         self._named.add(found.kind)
         return found
 
-    def _name(self, entropy: float, mean_entropy: float, spread: float) -> Collapse | None:
-        if self._ln_k is None:
-            if spread < LEAST_SPREAD:
-                return Collapse(
-                    "constant",
-                    f"collapse: every image gets the same projection (spread {spread:.3f}); "
-                    "use a momentum teacher, a predictor or loss infonce, and a lower learning_rate",
-                )
-            return None
-        of_most = f"entropy {entropy:.3f}, at most ln K = {self._ln_k:.3f}"
-        if entropy > UNIFORM_FRAC * self._ln_k:
-            return Collapse(
-                "uniform",
-                f"collapse to the uniform distribution: every image gets all prototypes alike ({of_most}; the loss "
-                "stays near ln K); lower teacher_temperature or num_prototypes, keep sharpening on, raise batch_size",
-            )
-        if mean_entropy < SINGLE_FRAC * self._ln_k:
-            return Collapse(
-                "single_dimension",
-                f"collapse to a single dimension: every image gets the same prototype ({of_most}, of the mean "
-                f"{mean_entropy:.3f}); keep centring on, raise teacher_temperature, lower learning_rate",
-            )
-        if mean_entropy - entropy < LEAST_DIFFERENCE_FRAC * self._ln_k:
+
+def name_collapse(num_prototypes: int | None, *, entropy: float, mean_entropy: float, spread: float) -> Collapse | None:
+    """The collapse that these figures are of, as `CollapseWatch` has them; None for none.
+
+    They are to be means over many steps: single batches vary.
+    """
+    ln_k = math.log(num_prototypes) if num_prototypes and num_prototypes > 1 else None
+    if ln_k is None:
+        if spread < LEAST_SPREAD:
             return Collapse(
                 "constant",
-                f"collapse to one distribution: every image gets the same output ({of_most}, of the mean "
-                f"{mean_entropy:.3f}); use a momentum teacher with a higher momentum, and a lower learning_rate",
+                f"collapse: every image gets the same projection (spread {spread:.3f}); "
+                "use a momentum teacher, a predictor or loss infonce, and a lower learning_rate",
             )
         return None
+    of_most = f"entropy {entropy:.3f}, at most ln K = {ln_k:.3f}"
+    if entropy > UNIFORM_FRAC * ln_k:
+        return Collapse(
+            "uniform",
+            f"collapse to the uniform distribution: every image gets all prototypes alike ({of_most}; the loss "
+            "stays near ln K); lower teacher_temperature or num_prototypes, keep sharpening on, raise batch_size",
+        )
+    if mean_entropy < SINGLE_FRAC * ln_k:
+        return Collapse(
+            "single_dimension",
+            f"collapse to a single dimension: every image gets the same prototype ({of_most}, of the mean "
+            f"{mean_entropy:.3f}); keep centring on, raise teacher_temperature, lower learning_rate",
+        )
+    if mean_entropy - entropy < LEAST_DIFFERENCE_FRAC * ln_k:
+        return Collapse(
+            "constant",
+            f"collapse to one distribution: every image gets the same output ({of_most}, of the mean "
+            f"{mean_entropy:.3f}); use a momentum teacher with a higher momentum, and a lower learning_rate",
+        )
+    return None

@@ -143,7 +143,7 @@ def show(result: EvaluationResult, out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        _print_table(result)
+        print_table(result)
     for remark in result.remarks:
         tell(remark)
     if out is not None:
@@ -151,7 +151,7 @@ def show(result: EvaluationResult, out: Path | None, as_json: bool) -> None:
         tell(f"written to {out}")
 
 
-def _print_table(result: EvaluationResult) -> None:
+def print_table(result: EvaluationResult) -> None:
     rows: list[Any] = result.rows()
     width = max(len(name) for name, _, _ in rows)
     for name, value, interval in rows:

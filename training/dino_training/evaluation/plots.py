@@ -82,7 +82,8 @@ def draw_lines(
     font, heading = ImageFont.load_default(13 * _SCALE), ImageFont.load_default(15 * _SCALE)
     marks = marks or {}
     finite = [point for points in series.values() for point in points if all(map(math.isfinite, point))]
-    xs = _ticks(*_range([x for x, _ in finite]))
+    first, last = _range([x for x, _ in finite])
+    xs = [x for x in _ticks(first, last) if first <= x <= last]
     ys = _ticks(*_range([*(y for _, y in finite), *marks.values(), *(y_range or ())]))
     y_names = [_number(y) for y in ys]
     left = _MARGIN + max(map(font.getlength, y_names)) + _MARGIN / 2
@@ -99,18 +100,18 @@ def draw_lines(
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
-            left + _PLOT_WIDTH * (x - xs[0]) / (xs[-1] - xs[0]),
+            left + _PLOT_WIDTH * (x - first) / (last - first),
             bottom - _LINES_HEIGHT * (y - ys[0]) / (ys[-1] - ys[0]),
         )
 
     for y, name in zip(ys, y_names, strict=True):
-        draw.line([place(xs[0], y), place(xs[-1], y)], _GRID, _SCALE)
-        draw.text((left - _MARGIN / 2, place(xs[0], y)[1]), name, _GREY, font, anchor="rm")
+        draw.line([place(first, y), place(last, y)], _GRID, _SCALE)
+        draw.text((left - _MARGIN / 2, place(first, y)[1]), name, _GREY, font, anchor="rm")
     for x in xs:
         draw.text((place(x, ys[0])[0], bottom + _AXIS / 2), _number(x), _GREY, font, anchor="mm")
     draw.text((left + _PLOT_WIDTH / 2, bottom + 1.4 * _AXIS), x_label, _GREY, font, anchor="mm")
     for name, y in marks.items():
-        height = place(xs[0], y)[1]
+        height = place(first, y)[1]
         for start in range(round(left), round(right), 2 * _DASH):
             draw.line([(start, height), (min(start + _DASH, right), height)], _GREY, _SCALE)
         draw.text((right + _MARGIN / 2, height), name, _GREY, font, anchor="lm")
