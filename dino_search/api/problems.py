@@ -41,7 +41,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "collection_exists": 409, "reindex_refused": 409, "no_labels": 409, "image_not_found": 404,
     "index_type_invalid": 422, "too_little_memory": 503,
     "source": 422, "source_not_found": 404, "no_images_found": 422, "prune_refused": 409, "manifest": 422,
-    "backend_missing": 422, "relocation_refused": 409,
+    "set_file_unusable": 422, "backend_missing": 422, "relocation_refused": 409,
     "filter": 422,
     "recipe": 500, "run": 500, "run_exists": 500, "run_not_found": 500, "too_few_images": 500,
     "training_diverged": 500,

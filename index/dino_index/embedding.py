@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_index.errors import ImageError
-from dino_index.image_bytes import DEFAULT_LIMITS, ReadLimits, read_file
+from dino_index.image_bytes import DEFAULT_LIMITS, FileContent, ReadLimits, read_file
 from dino_index.image_files import ListedFile
 from dino_index.images import decode
 
@@ -100,11 +100,13 @@ def embed_files(
     input_size: int,
     find_embedded: Callable[[bytes], tuple[int, int] | None],
     settings: EmbeddingSettings,
+    read: Callable[[str, ReadLimits], FileContent] = read_file,
 ) -> Generator[list[EmbeddedFile | FailedFile]]:
     """Outcomes of all files, in order, a batch at a time.
 
     load_backbone: called once, when the first picture needs a forward pass.
     find_embedded: (width, height) of bytes whose vectors are known, by sha256; called from several threads.
+    read: content of a path, or ImageError; called from several threads.
     """
     backbone: Backbone | None = None
     batch: list[_Decoded | FailedFile] = []
@@ -119,7 +121,7 @@ def embed_files(
         return 2 * batch_size() * (backbone.num_devices if backbone else 1)
 
     def load(file: ListedFile) -> _Decoded | FailedFile:
-        return _load(file, input_size, find_embedded, settings.limits)
+        return _load(file, input_size, find_embedded, settings.limits, read)
 
     def submit() -> None:
         # Put together here, so that a GPU's thread does nothing else than to keep it busy.
@@ -174,9 +176,10 @@ def _load(
     input_size: int,
     find_embedded: Callable[[bytes], tuple[int, int] | None],
     limits: ReadLimits,
+    read: Callable[[str, ReadLimits], FileContent],
 ) -> _Decoded | FailedFile:
     try:
-        content = read_file(file.path, limits)
+        content = read(file.path, limits)
         known = find_embedded(content.sha256)
         if known is not None:
             return _Decoded(file, FileFacts(content.sha256, content.size, content.mtime_ns, *known), None)

@@ -34,6 +34,7 @@ DinoSearchError
 │   ├── NoImagesFound       nothing under the given paths could be read as an image
 │   ├── PruneRefused        pruning would drop more than looks intended
 │   ├── ManifestError       a manifest that cannot be read, lacks its column or has a malformed row
+│   ├── SetFileUnusable     a file of a published set (IDX, CIFAR, STL-10) that is cut off, another one, or unlabelled
 │   ├── BackendMissing      a URL or a video that needs a package which is not installed
 │   └── RelocationRefused   files are not at the new place, or are known there already
 ├── FilterError             a filter that cannot be parsed or names no field of the collection
@@ -263,6 +264,10 @@ class PruneRefused(SourceError):
 
 class ManifestError(SourceError):
     code = "manifest"
+
+
+class SetFileUnusable(SourceError):
+    code = "set_file_unusable"
 
 
 class BackendMissing(SourceError):

@@ -20,6 +20,7 @@ from dino_index.errors import ImageError, NoImagesFound
 from dino_index.images import decode, read_file
 from dino_index.shards import read_at
 from dino_training.image_listing import ListedImages, list_images_of_run
+from dino_training.set_files import Purpose
 
 # Decoded to estimate what all images take.
 _NUM_SAMPLED = 64
@@ -30,12 +31,14 @@ _ARRAY_BYTES = 160
 
 
 class ImageSource:
-    """The images of a run, by position 0..len-1, in a fixed order: from folders, files, manifests, tar shards and URLs.
+    """The images of a run, by position 0..len-1, in a fixed order: from folders, files, manifests, tar shards, URLs and
+    files of published sets.
 
     All that loads may be called from several threads at once. An image found unreadable is not tried again, so that
     the same image stands in for it in the whole run.
 
-    names: absolute path, `SHARD.tar/MEMBER` or URL. labels: one or None for each image; None if none were asked for.
+    names: absolute path, `SHARD.tar/MEMBER`, `SET-FILE/NUMBER` or URL. labels: one or None for each image; None if none
+    were asked for.
     digest: hex sha256 over names and sizes, the same as long as the list is.
     ignored: files that are no image, by type. skipped: files and folders not looked at, by reason.
     """
@@ -54,13 +57,15 @@ class ImageSource:
         self._cache: list[NDArray[np.uint8] | None] | None = None
 
     @classmethod
-    def open(cls, paths: Sequence[str | os.PathLike[str]], *, labels: str = "none") -> ImageSource:
-        """The images under the paths; what counts as one, and `labels`, are as in
+    def open(
+        cls, paths: Sequence[str | os.PathLike[str]], *, labels: str = "none", purpose: Purpose = "pretraining"
+    ) -> ImageSource:
+        """The images under the paths; what counts as one, `labels` and `purpose`, are as in
         `image_listing.list_images_of_run`.
 
-        Raises SourceNotFound, ManifestError, BackendMissing, LabelFileError, NoImagesFound.
+        Raises SourceNotFound, ManifestError, BackendMissing, SetFileUnusable, LabelFileError, NoImagesFound.
         """
-        listed = list_images_of_run(paths, labels=labels)
+        listed = list_images_of_run(paths, labels=labels, purpose=purpose)
         if not listed.names:
             counts = listed.ignored + listed.skipped + _count_reasons(listed.failures.values())
             found = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())) or "nothing"
@@ -142,6 +147,8 @@ class ImageSource:
         member = position - self._listed.num_files
         if member < 0:
             return read_file(self.names[position]).data
+        if member >= len(self._listed.offsets):
+            return self._listed.sets.read(self.names[position]).data
         # By its place: the images of all shards come in any order, and the shards need not be remembered for that.
         shard = self._listed.shards[self._listed.shard_numbers[member]]
         return read_at(shard, self._listed.offsets[member], self._listed.sizes[position])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dino_search.commands.evaluate import collapse, copies, finetune, knn, linear, retrieval
+from dino_search.commands.evaluate import ablation, collapse, copies, finetune, knn, linear, retrieval
 
 __all__ = ["add_commands"]
 
@@ -32,4 +32,7 @@ def add_commands(app: typer.Typer) -> None:
     evaluate.command("collapse", epilog="dino-search evaluate collapse ./photos --out collapse --steps 300")(
         collapse.collapse
     )
+    evaluate.command(
+        "ablation", epilog="dino-search evaluate ablation --train ./train --val ./val --out ablation --steps 500"
+    )(ablation.ablation)
     app.add_typer(evaluate, name="evaluate")

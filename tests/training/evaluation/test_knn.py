@@ -4,13 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
-from dino_index.errors import EvaluationImpossible, NoImagesFound
+from dino_index.backbones import Backbone
+from dino_index.errors import EvaluationImpossible, NoImagesFound, SetFileUnusable
 from dino_index.knn import vote
+from dino_index.model_files import resolve_model
 from dino_index.snapshots import normalise
 from dino_training.evaluation.features import FeatureStore
 from dino_training.evaluation.knn import KnnOptions, evaluate_knn
 from sample_collections import write_pictures
+from set_bytes import digit_like, write_mnist
 
 
 @pytest.fixture
@@ -92,3 +97,69 @@ def test_folders_without_a_readable_picture_are_an_error(sets: tuple[Path, Path]
 def test_options_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).rstrip("s")):
         KnnOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_published_set_is_measured_as_the_same_pictures_in_folders_are(
+    tmp_path: Path, store: FeatureStore, compress: bool
+) -> None:
+    train, test = [0, 1, 2, 3] * 5, [3, 2, 1, 0, 0, 3]
+    write_mnist(tmp_path / "set", train, test, compress=compress)
+    for part, labels, seed in (("train", train, 0), ("val", test, 1)):
+        for number, (pixels_HW, label) in enumerate(zip(digit_like(labels, seed), labels, strict=True)):
+            folder = tmp_path / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels_HW).save(folder / f"{number:02}.png")
+    options = KnnOptions(ks=(1, 3, 20))
+    found = evaluate_knn(store, tmp_path / "set", tmp_path / "set", options).to_json()
+    expected = evaluate_knn(store, tmp_path / "train", tmp_path / "val", options).to_json()
+    assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
+    assert (found["train"]["used"], found["val"]["used"], found["train"]["classes"]) == (20, 6, 4)
+    assert found["train"]["ignored"]["other" if not compress else "archive"] == 2  # the files of the test set
+    suffix = ".gz" if compress else ""
+    known, asked = (tmp_path / f"set/{name}-images-idx3-ubyte{suffix}" for name in ("train", "t10k"))
+    assert evaluate_knn(store, known, asked, options).to_json()["top1"] == found["top1"]
+
+
+def test_a_set_of_one_class_or_without_its_test_files_or_labels_is_an_error_in_one_line(
+    tmp_path: Path, store: FeatureStore
+) -> None:
+    one = write_mnist(tmp_path / "one", [7] * 4, [7])
+    with pytest.raises(EvaluationImpossible, match=r"found one \(7\)"):
+        evaluate_knn(store, one, one)
+    half = write_mnist(tmp_path / "half", [1, 2])
+    with pytest.raises(NoImagesFound, match=r"expected files for testing in .*half, found 1 for another purpose"):
+        evaluate_knn(store, half, half)
+    bare = write_mnist(tmp_path / "bare", [1, 2], [1])
+    (bare / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(SetFileUnusable, match="has no labels"):
+        evaluate_knn(store, bare, bare)
+
+
+def test_a_set_with_fewer_images_than_k_lets_all_vote(tmp_path: Path, store: FeatureStore) -> None:
+    few = write_mnist(tmp_path, [1, 2, 3], [1, 2])
+    result = evaluate_knn(store, few, few, KnnOptions(ks=(1, 200)))
+    assert result.to_json()["top5"]["200"] == 1
+    assert any("all 3 training images vote" in remark for remark in result.remarks)
+
+
+def test_pictures_of_a_set_are_cached_by_content(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path / "set", [0, 1, 2, 3], [1, 2])
+    num_embedded = 0
+    embed = Backbone.embed
+
+    def count(self: Backbone, pixels_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        nonlocal num_embedded
+        num_embedded += len(pixels_BHWC)
+        return embed(self, pixels_BHWC)
+
+    monkeypatch.setattr(Backbone, "embed", count)
+    results = []
+    for _ in range(2):
+        store = FeatureStore(resolve_model(tiny_model), device="cpu", cache=tmp_path / "cache")
+        results.append(evaluate_knn(store, tmp_path / "set", tmp_path / "set").to_json())
+        store.close()
+        assert num_embedded == 6
+    assert results[0] == results[1]

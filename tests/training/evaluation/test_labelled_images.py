@@ -12,6 +12,7 @@ from dino_index.errors import DinoSearchError, ImageError, NoImagesFound, TruthU
 from dino_training.evaluation.labelled_images import LabelledImages
 from dino_training.evaluation.published_sets import Part
 from sample_collections import jpeg, write_pictures, write_shard
+from set_bytes import write_mnist
 
 
 def labels_of(path: Path, part: Part = "train") -> dict[str, str]:
@@ -137,6 +138,13 @@ def lack_annotations(root: Path) -> Path:
 def be_something_else(root: Path) -> Path:
     (root / "list.json").write_text('["a.jpg"]')
     return root / "list.json"
+
+
+def test_files_of_small_pictures_are_read_for_what_they_are_for(tmp_path: Path) -> None:
+    write_mnist(tmp_path, [4, 5, 4], [6])
+    assert labels_of(tmp_path) == {"00000": "4", "00001": "5", "00002": "4"}
+    assert labels_of(tmp_path, "val") == {"00000": "6"}
+    assert labels_of(tmp_path / "t10k-images-idx3-ubyte") == {"00000": "6"}
 
 
 @pytest.mark.parametrize(

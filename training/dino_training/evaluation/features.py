@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from dino_index.backbones import Backbone, Device, choose_device
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, embed_files
 from dino_index.errors import NoImagesFound
-from dino_index.image_files import ListedFile, list_images
+from dino_index.image_bytes import FileContent, ReadLimits, read_file
+from dino_index.image_files import ListedFile, Listing, list_images, type_by_name
+from dino_index.image_paths import absolute_path
 from dino_index.indexing import Progress
 from dino_index.model_files import ModelSpec
 from dino_training.evaluation.feature_cache import FeatureCache, RawVectors
+from dino_training.set_files import Purpose, SetPictures, is_set_file, open_sets
 
 StrPath = str | os.PathLike[str]
 
@@ -44,6 +47,8 @@ class Pictures:
     """Path of each file that should be a picture and cannot be used: the reason."""
     ignored: Counter[str]
     """Files that are none, by type."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What the files of a published set say of their pictures."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,15 +113,24 @@ class FeatureStore:
             on_remark=self.on_remark,
         )
 
-    def embed_folder(self, folder: StrPath, *, only: Callable[[str], bool] = lambda path: True) -> Pictures:
+    def embed_folder(
+        self, folder: StrPath, *, only: Callable[[str], bool] = lambda path: True, set_purpose: Purpose | None = None
+    ) -> Pictures:
         """All pictures below a folder, squashed to the model's input size.
 
-        only: which paths are looked at; the others are left out without a word.
-        Raises SourceNotFound; NoImagesFound where not one can be read; ModelError.
+        only: which paths are looked at; the others are left out without a word. set_purpose: those in the files of
+        a published set, too, with their labels, that are for this; the folder may then be such a file itself.
+        Raises SourceNotFound; NoImagesFound where not one can be read; SetFileUnusable; ModelError.
         """
-        listing = list_images([folder])
+        sets = SetPictures() if set_purpose is None else _open_sets(folder, set_purpose)
+        listing = Listing() if sets.files and is_set_file(absolute_path(folder)) else list_images([folder])
+        counted = {path for file in sets.files for path in file.files}
+        listing.ignored = +(listing.ignored - Counter(type_by_name(os.path.basename(path)) for path in counted))
         unreadable = {failure.path: failure.message for failure in listing.failures if only(failure.path)}
         embedded = self._embed([file for file in listing.files if only(file.path)], unreadable)
+        listed = [ListedFile(name, size, 0) for name, size in zip(sets.names, sets.sizes, strict=True)]
+        embedded += self._embed(listed, unreadable, sets.read)
+        labels = {name: label for name, label in zip(sets.names, sets.labels(), strict=True) if label is not None}
         if not embedded:
             examples = "".join(f", such as {path} ({why})" for path, why in list(unreadable.items())[:1])
             raise NoImagesFound(
@@ -132,6 +146,7 @@ class FeatureStore:
             gem_ND=np.stack([gem_D for _, _, (_, gem_D) in embedded]),
             unreadable=unreadable,
             ignored=listing.ignored,
+            labels=labels,
         )
 
     def embed_squares(
@@ -148,11 +163,16 @@ class FeatureStore:
         if self._cache is not None:
             self._cache.close()
 
-    def _embed(self, files: Sequence[ListedFile], unreadable: dict[str, str]) -> list[tuple[str, bytes, RawVectors]]:
+    def _embed(
+        self,
+        files: Sequence[ListedFile],
+        unreadable: dict[str, str],
+        read: Callable[[str, ReadLimits], FileContent] = read_file,
+    ) -> list[tuple[str, bytes, RawVectors]]:
         """(path, sha256, vectors) of each file that can be read; the others are added to `unreadable`."""
         found: list[tuple[str, bytes, RawVectors]] = []
         again: list[ListedFile] = []
-        outcomes = embed_files(files, lambda: self.backbone, self.spec.input_size, self._size_of, self.settings)
+        outcomes = embed_files(files, lambda: self.backbone, self.spec.input_size, self._size_of, self.settings, read)
         num_done = 0
         for batch in outcomes:
             new: list[tuple[bytes, tuple[int, int], RawVectors]] = []
@@ -172,7 +192,7 @@ class FeatureStore:
             self.on_progress(Progress(done=num_done, total=len(files), failed=len(unreadable)))
         if again:  # the cache broke between the look and the taking
             self._cache = None
-            found += self._embed(again, unreadable)
+            found += self._embed(again, unreadable, read)
             place_of = {file.path: place for place, file in enumerate(files)}
             found.sort(key=lambda entry: place_of[entry[0]])
         return found
@@ -184,3 +204,14 @@ class FeatureStore:
         if outcome.cls_D is not None and outcome.gem_D is not None:
             return outcome.cls_D, outcome.gem_D
         return None if self._cache is None else self._cache.get(outcome.facts.sha256)
+
+
+def _open_sets(folder: StrPath, purpose: Purpose) -> SetPictures:
+    """Files of a published set. Raises SetFileUnusable; NoImagesFound where all are for another purpose."""
+    sets = open_sets([folder], purpose)
+    if sets.num_left_out and not sets.files:
+        raise NoImagesFound(
+            f"expected files for {purpose} in {os.fsdecode(folder)}, found {sets.num_left_out} for another purpose; "
+            "name the file of pictures that is meant"
+        )
+    return sets

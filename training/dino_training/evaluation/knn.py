@@ -1,6 +1,7 @@
 """Weighted k-NN classification of one labelled folder by another (arXiv 2104.14294, section 4.1).
 
-The class of a picture is the first folder below the given one. Pictures go in as `index` reads them: the whole picture,
+The class of a picture is the first folder below the given one, or what the files of a published set say (see
+`dino_training.set_files`). Pictures go in as `index` reads them: the whole picture,
 squashed to the model's input size, where the paper resizes its shorter side to 256 px and cuts out the middle 224.
 """
 
@@ -49,11 +50,12 @@ def evaluate_knn(
     """Top-1 and top-5 accuracy on `val` for each k.
 
     A class that only `val` has counts as always wrong, and is reported. With fewer training images than k all vote.
-    Raises SourceNotFound, NoImagesFound, ModelError; EvaluationImpossible for a training folder with fewer than two
-    classes, and where no picture of `val` lies in a folder of its class.
+    Raises SourceNotFound, NoImagesFound, SetFileUnusable, ModelError; EvaluationImpossible for a training folder with
+    fewer than two classes, and where no picture of `val` lies in a folder of its class.
     """
     options = options or KnnOptions()
-    training, queries = _Labelled.of(store.embed_folder(train)), _Labelled.of(store.embed_folder(val))
+    training = _Labelled.of(store.embed_folder(train, set_purpose="training"))
+    queries = _Labelled.of(store.embed_folder(val, set_purpose="testing"))
     require_classes(training.classes, training.pictures.folder)
     require_labelled(len(queries.chosen), len(queries.pictures), queries.pictures.folder, training.pictures.folder)
     shots = training if options.per_class is None else training.drawn(options.per_class, options.seed)
@@ -97,7 +99,8 @@ class _Labelled:
 
     @classmethod
     def of(cls, pictures: Pictures) -> _Labelled:
-        by_path = labels_from_folders([pictures.folder], pictures.paths)
+        in_folders = [path for path in pictures.paths if path not in pictures.labels]
+        by_path = labels_from_folders([pictures.folder], in_folders) | pictures.labels
         chosen = [position for position, path in enumerate(pictures.paths) if path in by_path]
         return cls(
             pictures=pictures,

@@ -1,7 +1,7 @@
 """Images that have a class, by position: the one way in which a path becomes what a classifier learns from.
 
-What a path may be is `image_listing`'s: a folder of folders of classes, tar shards, a manifest; and the published sets
-that come with files of labels (`published_sets`).
+What a path may be is `image_listing`'s: a folder of folders of classes, tar shards, a manifest, files of small pictures
+(`set_files`); and the published sets that come with files of labels (`published_sets`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from dino_index.errors import EvaluationImpossible, ImageError
 from dino_training.evaluation.features import StrPath
 from dino_training.evaluation.published_sets import Part, list_published_set
 from dino_training.image_source import ImageSource
+from dino_training.set_files import Purpose
 
 _DECODED_AHEAD = 64
+_PURPOSES: dict[Part, Purpose] = {"train": "training", "val": "testing"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +48,10 @@ class LabelledImages:
         files of labels cannot be used.
         """
         listed = list_published_set(path, part)
-        source = ImageSource.open([os.fsdecode(path)], labels="folders") if listed is None else ImageSource(listed)
+        if listed is None:
+            source = ImageSource.open([os.fsdecode(path)], labels="folders", purpose=_PURPOSES[part])
+        else:
+            source = ImageSource(listed)
         labels = source.labels or []
         positions = [position for position, label in enumerate(labels) if label is not None]
         return cls(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dino_index.errors import TruthUnusable
 
@@ -80,10 +81,14 @@ class _Type:
 
 
 class _Array:
-    """Stands for `numpy.ndarray`; becomes a list when the whole file has been read."""
+    """Stands for `numpy.ndarray`; becomes a list, or an array of numbers, when the whole file has been read."""
 
     def __init__(self) -> None:
-        self.values: list[Any] = []
+        self.found: list[Any] | NDArray[Any] = []
+
+    @property
+    def values(self) -> list[Any]:
+        return self.found if isinstance(self.found, list) else self.found.tolist()
 
     def __setstate__(self, state: Any) -> None:
         # (version, shape, type, whether columns come first, bytes or, of objects, list)
@@ -91,10 +96,9 @@ class _Array:
         if kind.is_object:
             if len(shape) != 1 or not isinstance(data, list) or len(data) != shape[0]:
                 raise TruthUnusable("expected arrays of objects to be lists of values")
-            self.values = data
+            self.found = data
             return
-        array = np.frombuffer(_as_bytes(data), kind.resolved()).reshape(shape, order="F" if columns_first else "C")
-        self.values = array.tolist()
+        self.found = np.frombuffer(_as_bytes(data), kind.resolved()).reshape(shape, order="F" if columns_first else "C")
 
 
 def _make_array(*arguments: Any) -> _Array:
@@ -150,3 +154,10 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, list | tuple | set | frozenset):
         return list(value)
     raise TruthUnusable(f"expected a list, found {type(value).__name__}")
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """An array of a plain pickle, read-only. Raises TruthUnusable for anything else, an array of objects included."""
+    if isinstance(value, _Array) and isinstance(value.found, np.ndarray):
+        return value.found
+    raise TruthUnusable(f"expected an array of numbers, found {type(value).__name__.lstrip('_').lower()}")
