@@ -1,11 +1,11 @@
 """What backbones tell apart: weighted 20-NN of labelled folders, beside random weights, pixels and colour histograms.
 
-    python tests/benchmarks/bench_backbones.py --train DIR --val DIR [--model NAME|FILE]... [--per-class 50]
+    python tests/benchmarks/bench_backbones.py [--train DIR --val DIR] [--model NAME|FILE]... [--per-class 50]
         [--val-per-class 10] [--classes 10] [--side 32]
 
-Folders of classes. All rows classify the same drawn pictures. Without --model the bundled backbone is measured; the
-random weights are of its architecture. --side: pictures are shrunk to squares of so many pixels before, which is what
-those of CIFAR are.
+Folders of classes; without them pieces of scikit-image's photographs, a class each. All rows classify the same drawn
+pictures. Without --model the bundled backbone is measured; the random weights are of its architecture. --side: pictures
+are shrunk to squares of so many pixels before, which is what those of CIFAR are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from material import write_random_model
+from material import PHOTOGRAPHS, write_photographs, write_random_model
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -47,6 +47,19 @@ def draw_pictures(source: Path, target: Path, classes: list[str], per_class: int
             small.save(place.with_suffix(".png"))
         else:
             place.write_bytes(paths[row].read_bytes())
+
+
+def write_classes(folder: Path, first: int = 0) -> Path:
+    """Pieces of each of scikit-image's photographs in a folder of its name. first: of the pieces that are drawn."""
+    for number, path in enumerate(write_photographs(folder / "all", first + 200, (128, 96))):
+        if number >= first:
+            place = folder / PHOTOGRAPHS[number % len(PHOTOGRAPHS)]
+            place.mkdir(exist_ok=True)
+            path.rename(place / path.name)
+    for path in (folder / "all").iterdir():
+        path.unlink()
+    (folder / "all").rmdir()
+    return folder
 
 
 def pixels(image: Image.Image) -> NDArray[np.float32]:
@@ -88,20 +101,22 @@ def model_knn(train: Path, val: Path, spec: ModelSpec) -> tuple[Figure, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--val", type=Path, required=True)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--val", type=Path)
     parser.add_argument("--model", action="append", default=[], help="repeatable")
     parser.add_argument("--per-class", type=int, default=50, help="training pictures")
     parser.add_argument("--val-per-class", type=int, default=10)
     parser.add_argument("--classes", type=int, default=0, help="the first so many by name; 0 for all")
     parser.add_argument("--side", type=int, default=0, help="shrink pictures to squares of so many pixels")
     options = parser.parse_args()
-    classes = sorted(folder.name for folder in options.train.iterdir() if folder.is_dir())
-    classes = classes[: options.classes or None]
+    assert (options.train is None) == (options.val is None), "expected --train and --val, found one of them"
     with tempfile.TemporaryDirectory() as name:
+        source = options.train or write_classes(Path(name) / "pieces")
+        classes = sorted(folder.name for folder in source.iterdir() if folder.is_dir())[: options.classes or None]
         train, val = Path(name) / "train", Path(name) / "val"
-        draw_pictures(options.train, train, classes, options.per_class, options.side)
-        draw_pictures(options.val, val, classes, options.val_per_class, options.side)
+        draw_pictures(source, train, classes, options.per_class, options.side)
+        others = options.val or write_classes(Path(name) / "others", first=200)
+        draw_pictures(others, val, classes, options.val_per_class, options.side)
         bundled = resolve_model()
         arguments = {key: value for key, value in bundled.architecture_args.items() if key != "num_classes"}
         random = write_random_model(Path(name) / "random.safetensors", bundled.architecture, **arguments)
