@@ -31,7 +31,7 @@ class Request:
     """One request. message: its head and body as they are sent.
 
     abandon_after_s: the client hangs up so long after it has sent the request.
-    keeps_id: the answer names an uploaded image, whose id takes the place of `@ID@` in a later request.
+    keeps_id: the answer names an uploaded image, whose id takes the place of `@ID@` in the first line of a later request.
     """
 
     name: str
@@ -181,9 +181,10 @@ class _Generator:
 
     async def _ask(self, request: Request) -> int:
         message = request.message
-        if _ID in message:
+        line, end, rest = message.partition(b"\r\n")  # pixels may happen to hold the placeholder, too
+        if _ID in line:
             # Where nothing is there to be named, something that is not there is.
-            message = message.replace(_ID, str(self._ids.popleft() if self._ids else 10**12).encode())
+            message = line.replace(_ID, str(self._ids.popleft() if self._ids else 10**12).encode()) + end + rest
         while self._free:
             connection = self._free.pop()
             if not connection[0].at_eof():
