@@ -31,7 +31,7 @@ class Request:
     """One request. message: its head and body as they are sent.
 
     abandon_after_s: the client hangs up so long after it has sent the request.
-    keeps_id: the answer names an uploaded image, whose id takes the place of `@ID@` in the first line of a later request.
+    keeps_id: the answer names an uploaded image, whose id takes the place of `@ID@` in a later request's first line.
     """
 
     name: str
