@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
-from dino_index.errors import CatalogError, CollectionNotFound, ImageError, SourceNotFound
+from dino_index.errors import CatalogError, CollectionNotFound, ImageError, ModelNotNamed, SourceNotFound
 from dino_index.image_paths import absolute_path, is_below
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
 from dino_index.model_files import ModelSpec, Pooling, resolve_model
@@ -64,6 +64,7 @@ class Collection:
         self.home = home
         self.name = name
         self._model = model
+        self._is_model_named = model is not None
         self._device = device
         self._database = database
         self._catalog: Catalog | None = None
@@ -102,7 +103,9 @@ class Collection:
             spec = resolve_model(model, models=models_folder(place), on_remark=on_remark, **options)
         elif pooling is not None or input_size is not None:
             spec = resolve_default(Models(place, url).default(), place, **options)
-        return cls(place, name, spec, device=device, database=url)
+        opened = cls(place, name, spec, device=device, database=url)
+        opened._is_model_named = model is not None
+        return opened
 
     def __enter__(self) -> Collection:
         return self
@@ -132,6 +135,11 @@ class Collection:
         """
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
+        if options is not None and options.share is not None and self._model is not None and not self._is_model_named:
+            raise ModelNotNamed(
+                "processes that share files must not each choose a model: beside pooling or input size, name the same "
+                "model in all of them, as in --model bundled"
+            )
         return index_paths(
             self._created_catalog(),
             self.name,

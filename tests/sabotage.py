@@ -126,6 +126,22 @@ def hang_in_forward_pass(number: int) -> None:
     Backbone.embed = embed_or_hang  # type: ignore[method-assign]
 
 
+def die_in_transaction(number: int) -> None:
+    """The process is killed before it commits its batch of this number, counted from 1."""
+    from dino_index.recording import BatchRecorder
+
+    record, calls = BatchRecorder.record, []
+
+    def record_or_die(self: BatchRecorder, *arguments: Any) -> Any:
+        calls.append(1)
+        counts = record(self, *arguments)
+        if len(calls) == number:
+            _die()
+        return counts
+
+    BatchRecorder.record = record_or_die  # type: ignore[method-assign]
+
+
 def spoil_files_after_listing(folder: Path) -> None:
     """What is called "now …" in the folder becomes that between listing and reading."""
     indexing: Any = importlib.import_module("dino_index.indexing")

@@ -34,7 +34,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "image": 422,  # by reason, see below
     "model": 503, "model_not_found": 503, "architecture_unknown": 503, "weights_mismatch": 503,
     "checkpoint_refused": 503, "hub_unavailable": 503, "fingerprint_mismatch": 409, "out_of_memory": 503,
-    "attention_unavailable": 409,
+    "attention_unavailable": 409, "model_not_named": 409,
     "catalog": 503, "catalog_unavailable": 503, "catalog_damaged": 503, "database_away": 503, "catalog_too_new": 503,
     "catalog_not_empty": 409, "backup_unusable": 422, "storage_full": 503,
     "collection": 422, "collection_not_found": 404, "verdict_not_found": 404, "collection_empty": 409,

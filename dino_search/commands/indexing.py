@@ -79,6 +79,10 @@ def index(
             show_default="the collection's",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="i/N", help="Index the i-th of N shares of the files, as one of N processes."),
+    ] = None,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 0,
     workers: WorkersOption = 0,
@@ -92,6 +96,7 @@ def index(
     from dino_index.embedding import EmbeddingSettings
     from dino_index.image_bytes import ReadLimits
     from dino_index.indexing import IndexOptions
+    from dino_index.shares import Share
     from dino_search.collection import Collection
 
     try:
@@ -102,6 +107,7 @@ def index(
             prune_any=yes,
             labels=labels,
             index_type=index_type,
+            share=Share.parse(shard) if shard is not None else None,
             embedding=EmbeddingSettings(
                 batch_size=batch_size,
                 workers=workers,
@@ -128,7 +134,9 @@ def index(
     if summary.interrupted:
         tell(f"stopped with {summary.remaining} files to go; the same command goes on from there")
         raise typer.Exit(128 + signals[0])
-    if not summary.readable and not summary.removed:
+    if shard is not None and not summary.readable and not summary.failed:
+        tell(f"no files fall to share {shard}")
+    elif not summary.readable and not summary.removed:
         complain(f"no image under the given paths could be read; see: {_ledger_of(collection)}")
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ DinoSearchError
 ├── ImageError              one file that cannot be used as an image; `code` goes into the ledger
 ├── ModelError
 │   ├── ModelNotFound       neither the name of a model that is here nor a file
+│   ├── ModelNotNamed       several processes would each choose a model of their own
 │   ├── ArchitectureUnknown a weights file that does not say which architecture it is for
 │   ├── WeightsMismatch     keys or shapes differ from the architecture's, each listed
 │   ├── CheckpointRefused   a PyTorch file with objects that could run code; none was run
@@ -138,6 +139,10 @@ class ModelError(DinoSearchError):
 
 class ModelNotFound(ModelError):
     code = "model_not_found"
+
+
+class ModelNotNamed(ModelError):
+    code = "model_not_named"
 
 
 class ArchitectureUnknown(ModelError):

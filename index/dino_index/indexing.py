@@ -30,7 +30,7 @@ from dino_index.collections import (
     source_paths,
 )
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, embed_files
-from dino_index.errors import CollectionNotFound, ImageError, NoImagesFound, PruneRefused
+from dino_index.errors import CollectionNotFound, ImageError, ModelNotNamed, NoImagesFound, PruneRefused
 from dino_index.image_files import ListedFile, Listing, ListingFailure, check_patterns
 from dino_index.image_paths import absolute_path, ancestors, is_below, is_gone, is_shard_name, parent_of, split_member
 from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
@@ -38,6 +38,7 @@ from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
 from dino_index.model_store import models_folder
 from dino_index.recording import BatchRecorder, Sources, record_outcomes, remove_images
+from dino_index.shares import Share
 from dino_index.source_listing import by_image, list_sources, shard_files, sidecar_values
 
 if TYPE_CHECKING:
@@ -73,10 +74,18 @@ class IndexOptions:
     """`folders`, or a CSV file with the columns path and label."""
     index_type: str | None = None
     """`auto`, `flat`, `hnsw`, `ivf`, `ivfpq` or a FAISS factory string; None keeps the collection's."""
+    share: Share | None = None
+    """Index only this share of the files, as one of several processes; None for all."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
     def __post_init__(self) -> None:
         check_patterns(self.exclude)
+        if self.share is not None and self.prune:
+            # The file may have moved into the share of a process that has yet to find it there.
+            raise ValueError(
+                "a share of the files is not pruned, as a file that is gone may be found again under another path in "
+                "another share; prune when all shares are done: dino-search index PATH --prune"
+            )
 
 
 @dataclass(kw_only=True)
@@ -114,7 +123,7 @@ class IndexSummary:
 
     @property
     def readable(self) -> int:
-        """Images under the given paths that can be found after the run."""
+        """Images under the given paths, or in the run's share of them, that can be found after it."""
         return self.added + self.updated + self.skipped
 
 
@@ -131,9 +140,12 @@ class _KnownImage:
     facts: dict[str, Any] | None
 
     def is_unchanged(self, file: ListedFile) -> bool:
+        return self.is_of(file) and self.error_code not in _RETRIED_REASONS
+
+    def is_of(self, file: ListedFile) -> bool:
+        """Whether the file was read, or was tried to be, as it is listed."""
         # A server that does not say how large a file is leaves its version to tell.
-        same = file.size in (self.size, -1) and self.mtime_ns == file.mtime_ns
-        return same and self.error_code not in _RETRIED_REASONS
+        return file.size in (self.size, -1) and self.mtime_ns == file.mtime_ns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +175,8 @@ def index_paths(
     model: None takes the collection's own, or `default_model` for a new collection.
     should_stop: asked after each batch; the run then ends early and says so in the summary.
     Raises SourceNotFound, NoImagesFound (nothing at all to read), PruneRefused (after everything else is done),
-    LabelFileError, ManifestError, BackendMissing, FingerprintMismatch and other ModelErrors, IndexTypeInvalid,
-    TooLittleMemory, CatalogErrors.
+    LabelFileError, ManifestError, BackendMissing, ModelNotNamed (a share of a new collection), FingerprintMismatch and
+    other ModelErrors, IndexTypeInvalid, TooLittleMemory, CatalogErrors.
     """
     given = [absolute_path(path) for path in paths]
     missing = _missing_roots(catalog, collection_name, given) if options.prune and options.prune_any else set()
@@ -201,6 +213,7 @@ class _Run:
         self._given = given
         self._missing = missing
         self._listing = listing
+        # All of them, whatever the share: the collection's folders and the matching of labels depend on all.
         self._files = [*listing.files, *(file for shard in listing.shards for file in shard_files(shard))]
         self._options = options
         self._device = device
@@ -227,6 +240,11 @@ class _Run:
         if nothing_listed and (collection is None or not self._options.prune):
             raise NoImagesFound(self._nothing_found())
         if collection is None:
+            if model is None and self._options.share is not None:
+                raise ModelNotNamed(
+                    f"collection {name!r} is new, and processes that share its files must not each choose a model: "
+                    "name the same one in all of them, as in --model bundled"
+                )
             self._spec = model or default_model()
             # Loaded before the collection exists: an unusable model must leave no trace.
             dim = self._load_backbone().dim
@@ -248,10 +266,13 @@ class _Run:
         """Sorts listed files into unchanged ones and those to read; finds images whose file is gone."""
         known = self._catalog.read(self._known_images)
         self._to_read: list[ListedFile] = []
+        self._num_new_elsewhere = 0
         changed: list[dict[str, Any]] = []
         for file in self._files:
             image = known.pop(file.path, None)
-            if image is None or self._options.rehash or not image.is_unchanged(file):
+            if not self._is_ours(file.path):
+                self._num_new_elsewhere += image is None
+            elif image is None or self._options.rehash or not image.is_unchanged(file):
                 self._to_read.append(file)
             elif image.status == "failed":
                 self.summary.failed += 1
@@ -264,6 +285,9 @@ class _Run:
         self._unlistable: list[str] = []
         self._failures: list[ListingFailure] = []
         for failure in self._listing.failures:
+            if not self._is_ours(failure.path):
+                self._unlistable.append(failure.path)
+                continue
             image = known.get(failure.path)
             # A manifest names it and it is not there: as any image whose file is gone, it stays until it is pruned.
             if image is not None and image.status == "ok" and failure.reason == "vanished":
@@ -272,11 +296,14 @@ class _Run:
             known.pop(failure.path, None)
             self._failures.append(failure)
             self._unlistable.append(failure.path)
-        self._unseen = known
+        self._unseen = {path: image for path, image in known.items() if self._is_ours(path)}
         # Together, as the values that change are the same for most images.
         for columns in {tuple(values) for values in changed}:
             rows = [values for values in changed if tuple(values) == columns]
             self._catalog.write(partial(_update_images, rows=rows))
+
+    def _is_ours(self, path: str) -> bool:
+        return self._options.share is None or self._options.share.holds(path)
 
     def _new_values(self, path: str, image: _KnownImage) -> dict[str, Any]:
         """What labels and manifests say otherwise about an image than the catalog."""
@@ -339,13 +366,22 @@ class _Run:
     def compact_if_worthwhile(self) -> None:
         """Writes a snapshot when so much has changed since the last one that starting a search would be slow.
 
-        Also when another type of index is wanted than there is.
+        Also when another type of index is wanted than there is. Of several processes with a share of the files each,
+        the one that finds the others' files recorded, too, writes it: the last, or the last few.
         """
+        if self._options.share is not None and not self._is_whole():
+            return
         enough = self._catalog.read(lambda session: is_worth_a_snapshot(session, self._collection))
         if enough or self._catalog.read(self._wants_another_type):
             from dino_index.snapshots import write_snapshot
 
             self._catalog.outlast(lambda: write_snapshot(self._catalog, self._collection, append=True))
+
+    def _is_whole(self) -> bool:
+        """Whether all listed files, those of other shares too, are in the catalog as they were listed."""
+        # Asked after this run's last commit: of two processes that end at once, at least one sees the other's.
+        known = self._catalog.read(self._known_images)
+        return all((image := known.get(file.path)) is not None and image.is_of(file) for file in self._files)
 
     def _wants_another_type(self, session: Session) -> bool:
         """Whether the type that was asked for is not there and can be: few vectors may train nothing but `flat`."""
@@ -381,7 +417,7 @@ class _Run:
         """Raises TooLittleMemory before anything is embedded for an index that could then not be built."""
 
         def weigh(session: Session) -> None:
-            num_images = count_images(session, self._collection)["ok"] + len(self._to_read)
+            num_images = count_images(session, self._collection)["ok"] + len(self._to_read) + self._num_new_elsewhere
             if num_images >= _MIN_IMAGES_TO_WEIGH:
                 from dino_index.snapshots import next_choice
 
