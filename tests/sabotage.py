@@ -139,7 +139,7 @@ def die_in_transaction(number: int) -> None:
             _die()
         return counts
 
-    BatchRecorder.record = record_or_die  # type: ignore[method-assign]
+    BatchRecorder.record = record_or_die  # type: ignore[method-assign, assignment]
 
 
 def spoil_files_after_listing(folder: Path) -> None:
