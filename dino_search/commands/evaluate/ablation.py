@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dino_search.commands.evaluate.common import CollectionOption, Place, SeedOption, show, wrong_usage
+from dino_search.commands.evaluate.common import (
+    CollectionOption,
+    EpochsOption,
+    JudgedOption,
+    LearnedFromOption,
+    Place,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SettingsOption,
+    StepsOption,
+    show,
+    wrong_usage,
+)
 from dino_search.commands.indexing import require_choice
 from dino_search.commands.output import MAX_BYTES, MAX_PIXELS, DeviceOption, HomeOption, JsonOption, tell
 from dino_search.commands.pretraining import training_progress
@@ -21,26 +33,17 @@ if TYPE_CHECKING:
 
 
 def ablation(
-    train: Annotated[
-        Path, typer.Option(metavar="DIR", help="Labelled pictures, in folders named by their class or of a set.")
-    ],
-    val: Annotated[Path, typer.Option(metavar="DIR", help="The same, to be classified.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs, result.json, table.md and plot.png.")],
+    train: LearnedFromOption,
+    val: JudgedOption,
+    out: RunsOption,
     images: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH", help="What to pretrain on; repeatable.", show_default="--train"),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="What all runs share; ablation/dino has the published scale.")
-    ] = "small",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting over the recipe's; repeatable.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Length of each run, in whole epochs.", show_default="the recipe's"),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="The same in epochs.")] = None,
+    recipe: RecipeOption = "small",
+    settings: SettingsOption = None,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A run, such as no_momentum; repeatable.", show_default="all"),
@@ -63,11 +66,8 @@ def ablation(
             recipe=base, steps=steps, epochs=epochs, only=tuple(dict.fromkeys(only or ())), k=k, seed=seed
         )
 
-    @contextmanager
-    def open_store(weights: Path) -> Iterator[FeatureStore]:
-        place = Place(str(weights), None, device, 0, 0, MAX_PIXELS, MAX_BYTES, None, True, home)
-        with place.store() as store:
-            yield store
+    def open_store(weights: Path) -> AbstractContextManager[FeatureStore]:
+        return Place(str(weights), None, device, 0, 0, MAX_PIXELS, MAX_BYTES, None, True, home).store()
 
     with stopping_on_signals("this step and a checkpoint") as signals, training_progress() as show_progress:
         result = evaluate_ablation(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dino_search.commands.evaluate.common import CollectionOption, SeedOption, show, wrong_usage
+from dino_search.commands.evaluate.common import (
+    CollectionOption,
+    EpochsOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SettingsOption,
+    StepsOption,
+    show,
+    wrong_usage,
+)
 from dino_search.commands.indexing import require_choice
 from dino_search.commands.output import DeviceOption, HomeOption, JsonOption, tell
 from dino_search.commands.pretraining import training_progress
@@ -17,16 +26,11 @@ from dino_search.commands.signals import stopping_on_signals
 
 def collapse(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="What pretrain takes; a small set will do.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs, result.json, table.md and plot.png.")],
-    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="What all runs share.")] = "small",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting over the recipe's; repeatable.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Length of each run, in whole epochs.", show_default="the recipe's"),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="The same in epochs.")] = None,
+    out: RunsOption,
+    recipe: RecipeOption = "small",
+    settings: SettingsOption = None,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     collection: CollectionOption = "default",

@@ -51,6 +51,20 @@ TruthOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE.csv", help="Columns query, reference and perhaps junk; empty reference: no match."),
 ]
+RunsOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder for the runs, result.json, table.md and plot.png.")
+]
+RecipeOption = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="What all runs share; ablation/dino has the published scale.")
+]
+SettingsOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting over the recipe's; repeatable.")
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Length of each run, in whole epochs.", show_default="the recipe's"),
+]
+EpochsOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="The same in epochs.")]
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", hidden=True)]
 
 
@@ -88,17 +102,10 @@ class Place:
     @contextmanager
     def store(self, what: str = "embedding") -> Iterator[FeatureStore]:
         """what: is being done, for the bar of progress."""
-        from dino_index.model_files import resolve_model
-        from dino_index.model_store import models_folder, resolve_default
         from dino_search.models import Models
         from dino_training.evaluation.features import FeatureStore
 
-        if self._model is None:
-            spec = resolve_default(Models(self._home).default(), self._home, input_size=self._input_size)
-        else:
-            spec = resolve_model(
-                self._model, input_size=self._input_size, models=models_folder(self._home), on_remark=tell
-            )
+        spec = Models(self._home).resolve(self._model, input_size=self._input_size, on_remark=tell)
         with progress_bar(what) as show:
             store = FeatureStore(
                 spec,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +10,12 @@ from dino_search.commands.evaluate.common import (
     CacheOption,
     CollectionOption,
     InputSizeOption,
+    JudgedOption,
+    LearnedFromOption,
     ModelOption,
     NoCacheOption,
     OutOption,
+    PerClassOption,
     Place,
     SeedOption,
     refuse_existing,
@@ -36,15 +38,13 @@ from dino_search.commands.output import (
 
 
 def knn(
-    train: Annotated[Path, typer.Option(metavar="DIR", help="Pictures in folders named by their class.")],
-    val: Annotated[Path, typer.Option(metavar="DIR", help="The same, to be classified.")],
+    train: LearnedFromOption,
+    val: JudgedOption,
     k: Annotated[
         list[int] | None, typer.Option("-k", min=1, help="Neighbours; repeatable.", show_default="10, 20, 100, 200")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of a neighbour's vote.")] = 0.07,
-    per_class: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Draw N training images a class.", show_default="all")
-    ] = None,
+    per_class: PerClassOption = None,
     seed: SeedOption = 0,
     model: ModelOption = None,
     input_size: InputSizeOption = None,
