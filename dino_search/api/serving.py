@@ -13,6 +13,8 @@ from typing import Any
 
 import uvicorn
 
+from dino_index.allocator import limit_arenas
+from dino_index.embedding import num_processors
 from dino_index.errors import SettingsInvalid
 from dino_search.api.app import create_app
 from dino_search.api.checking import has_keys
@@ -76,6 +78,7 @@ class Server(uvicorn.Server):
 def run_service(settings: ServiceSettings) -> None:
     """Serves until the process is told to end."""
     require_safe_address(settings)
+    limit_arenas(num_processors())
     configure_logging(settings.log_level, settings.log_format)
     toggle_debug_on_signal(settings.log_level)
     make_server(settings).run()

@@ -23,12 +23,12 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dino_index.allocator import keep_freed_memory
 from dino_index.backbones import choose_device, fastest_dtype, load_model
 from dino_index.descriptors import descriptors
 from dino_index.errors import OutputUnwritable, RecipeError, RunError, RunExists, TooFewImages, TrainingDiverged
 from dino_index.model_files import ModelSpec, resolve_model
 from dino_training import losses
-from dino_training.allocator import keep_freed_memory
 from dino_training.batches import Batch, BatchLoader
 from dino_training.center import Center
 from dino_training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint

@@ -28,11 +28,11 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
+from dino_index.allocator import keep_freed_memory
 from dino_index.backbones import Normaliser, fastest_dtype, load_model, random_model
 from dino_index.errors import ArchitectureUnknown, OutOfMemory, OutputUnwritable, TrainingDiverged
 from dino_index.indexing import Progress
 from dino_index.model_files import ModelSpec
-from dino_training.allocator import keep_freed_memory
 from dino_training.evaluation.classification import LabelledSets, places_of_logits
 from dino_training.evaluation.features import FeatureStore, StrPath
 from dino_training.evaluation.labelled_batches import (
