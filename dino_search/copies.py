@@ -237,7 +237,8 @@ class CopyFinder:
         """Each query with its candidates, in order; those that cannot be read come first, with the reason."""
         failures = (FailedQuery(path, reason) for path, reason in listing.failures)
         num_failed = 0
-        detected = self.detector.detect(chain(failures, self._read_queries(listing.paths)))
+        queries = chain(failures, self._read_queries(listing.paths))
+        detected = self.detector.detect(queries, doubted_from=rule.copy_score)
         for done, (item, detections) in enumerate(detected, 1):
             if isinstance(item, FailedQuery):
                 num_failed += 1
@@ -248,7 +249,7 @@ class CopyFinder:
 
     def find_one(self, query: Query, rule: DecisionRule) -> CopyQuery:
         """One query that has been read already, with its candidates."""
-        ((_, detections),) = self.detector.detect([query])
+        ((_, detections),) = self.detector.detect([query], doubted_from=rule.copy_score)
         return CopyQuery(query=encode_path(query.path), matches=self._matches(query, detections, rule))
 
     def _read_queries(self, paths: Sequence[str]) -> Iterator[Query | FailedQuery]:

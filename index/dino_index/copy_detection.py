@@ -172,15 +172,21 @@ class CopyDetector:
         self._options = options
         self._references = KnownReferences(load_reference)
 
-    def detect(self, items: Iterable[Query | FailedQuery]) -> Iterator[tuple[Query | FailedQuery, list[Detection]]]:
-        """Each query with its candidates, best first, and each failed one with none, in order."""
+    def detect(
+        self, items: Iterable[Query | FailedQuery], *, doubted_from: float = math.inf
+    ) -> Iterator[tuple[Query | FailedQuery, list[Detection]]]:
+        """Each query with its candidates, best first, and each failed one with none, in order.
+
+        doubted_from: candidates of this likeness on are verified, however many, so that none is called a copy for its
+        likeness alone.
+        """
         embedding: deque[tuple[Query | FailedQuery, list[Future[_Embedded]]]] = deque()
         verifying: deque[tuple[Query | FailedQuery, Future[list[Detection]] | None]] = deque()
         with self._backbone.forward_threads() as forward:
 
             def search_oldest() -> None:
                 item, futures = embedding.popleft()
-                verifying.append((item, self._search_and_verify(forward, item, futures)))
+                verifying.append((item, self._search_and_verify(forward, item, futures, doubted_from)))
 
             for item in items:
                 embedding.append((item, self._embed(forward, item)))
@@ -214,14 +220,18 @@ class CopyDetector:
         return *self._backbone.embed(pixels_BHWC), None
 
     def _search_and_verify(
-        self, forward: Executor, item: Query | FailedQuery, futures: Sequence[Future[_Embedded]]
+        self,
+        forward: Executor,
+        item: Query | FailedQuery,
+        futures: Sequence[Future[_Embedded]],
+        doubted_from: float,
     ) -> Future[list[Detection]] | None:
         if isinstance(item, FailedQuery):
             return None
         # Not in this thread, whose products would take all processors from the forward passes.
-        return forward.submit(self._look_into, item, [future.result() for future in futures])
+        return forward.submit(self._look_into, item, [future.result() for future in futures], doubted_from)
 
-    def _look_into(self, query: Query, parts: Sequence[_Embedded]) -> list[Detection]:
+    def _look_into(self, query: Query, parts: Sequence[_Embedded], doubted_from: float) -> list[Detection]:
         """The candidates with the best few verified, in their final order. parts: of the query's views."""
         candidates = self._search.candidates(
             np.concatenate([cls_BD for cls_BD, _, _ in parts]),
@@ -230,7 +240,7 @@ class CopyDetector:
         )
         candidates = [candidate for candidate in candidates if candidate.image_id not in query.excluded]
         patches_VhwP = [patches for _, _, patches_BhwP in parts if patches_BhwP is not None for patches in patches_BhwP]
-        verified = self._verify(query, candidates[: self._options.num_verified], patches_VhwP)
+        verified = self._verify(query, candidates, patches_VhwP, doubted_from)
         detections = []
         for candidate in candidates:
             view, verification = verified.get(candidate.image_id, (candidate.views[0], None))
@@ -247,22 +257,31 @@ class CopyDetector:
         return sorted(detections, key=lambda detection: (-detection.score, detection.image_id))
 
     def _verify(
-        self, query: Query, candidates: Sequence[Candidate], patches_VhwP: Sequence[NDArray[np.float16]]
+        self,
+        query: Query,
+        candidates: Sequence[Candidate],
+        patches_VhwP: Sequence[NDArray[np.float16]],
+        doubted_from: float,
     ) -> dict[int, tuple[int, Verification]]:
-        """By image id the view that fits best, and how.
+        """By image id the view that fits best, and how, of the first few candidates and those that are in doubt.
 
-        Without references that cannot be read, and those far behind the best one or one that is beyond doubt.
+        Without references that cannot be read, and without those that are not in doubt and far behind the best one or
+        one that fits beyond doubt.
         """
         found: dict[int, tuple[int, Verification]] = {}
+        num_verified = self._options.num_verified
+        if not num_verified:
+            return found
         of_views: dict[int, Patches] = {}
         needed = max((candidate.score for candidate in candidates), default=0.0) - _HOPELESSLY_BEHIND
+        in_doubt = [candidate for candidate in candidates[num_verified:] if candidate.score >= doubted_from]
         # The first alone: where it is beyond doubt, few others matter.
-        for part in (candidates[:1], candidates[1:]):
-            near = [candidate for candidate in part if candidate.score >= needed]
+        for part in (candidates[:1], [*candidates[1:num_verified], *in_doubt]):
+            near = [candidate for candidate in part if candidate.score >= min(needed, doubted_from)]
             references = self._references.get([candidate.image_id for candidate in near], self._backbone)
             for candidate in near:
                 reference = references.get(candidate.image_id)
-                if reference is None or candidate.score < needed:
+                if reference is None or candidate.score < min(needed, doubted_from):
                     continue
                 view, verification = _verify_views(query, candidate, reference, patches_VhwP, of_views)
                 found[candidate.image_id] = view, verification

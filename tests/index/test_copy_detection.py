@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -62,8 +63,8 @@ class Gallery:
         made = make_query(picture, path="query.jpg", sha256=bytes(32), side=side, options=self.options)
         return Query(**vars(made) | {"excluded": frozenset(excluded)})
 
-    def detect(self, *items: Query | FailedQuery) -> list[list[Detection]]:
-        answers = list(self._detector.detect(items))
+    def detect(self, *items: Query | FailedQuery, doubted_from: float = math.inf) -> list[list[Detection]]:
+        answers = list(self._detector.detect(items, doubted_from=doubted_from))
         assert [item for item, _ in answers] == list(items)
         return [detections for _, detections in answers]
 
@@ -109,6 +110,19 @@ def test_candidates_near_the_first_are_verified_as_well() -> None:
     (detections,) = gallery.detect(gallery.query(edited("coffee", ["colour"])))
     assert sorted(gallery.loaded) == [0, 1, 2]
     assert {each.image_id for each in detections if each.verification is not None} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("num_verified", [1, 5])
+def test_whatever_would_be_called_a_copy_for_its_likeness_alone_is_verified(num_verified: int) -> None:
+    options = DetectionOptions(variants="none", regions="none", num_verified=num_verified)
+    gallery = Gallery([photograph(name) for name in NAMES], options)
+    (detections,) = gallery.detect(gallery.query(edited("coffee", ["colour"])))
+    doubted_from = sorted(each.likeness for each in detections)[-4]
+    assert sum(each.verification is not None for each in detections) < 4
+    (detections,) = gallery.detect(gallery.query(edited("coffee", ["colour"])), doubted_from=doubted_from)
+    assert [each.verification is not None for each in detections] == [
+        each.likeness >= doubted_from for each in detections
+    ]
 
 
 def test_a_reference_that_cannot_be_read_keeps_its_likeness() -> None:
