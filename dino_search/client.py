@@ -66,6 +66,10 @@ A = TypeVar("A", bound=BaseModel)
 
 # A service that is busy says so for a few seconds. Whoever may have to wait longer should decide about that.
 _MAX_WAIT_S = 10.0
+# How a service that ended amid a request shows: by itself, and as a proxy says it.
+_CUT = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+_BY_PROXIES = (502, 504)
+_LOST_WAIT_S = 0.5
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _ORIENTATION_TAG = 0x0112
 _PROBLEM = "application/problem+json"
@@ -114,7 +118,8 @@ class Client:
 
     url: where the service is, such as `http://localhost:8000`. key: an API key. timeout_s: how long connecting, sending
     or one pause in an answer may take. retries: how often a request is sent again, after the wait that it is told, up
-    to 10 s, when the service has no room for it (429), or cannot answer now (503) and repeating it does no harm.
+    to 10 s, when the service has no room for it (429), or, where repeating it does no harm, cannot answer now (503) or
+    was lost on the way: one of several services behind one address ended.
     transport: of httpx, for proxies and certificates of one's own.
 
     Every method raises ServiceProblem, whose `code` says what the service met, and ServiceUnreachable. Those that take
@@ -397,6 +402,10 @@ class Client:
             try:
                 answer = self._http.request(method, path, **sent)
             except httpx.RequestError as error:
+                if left and repeatable and isinstance(error, _CUT):
+                    left -= 1
+                    time.sleep(_LOST_WAIT_S)
+                    continue
                 reason = str(error) or type(error).__name__
                 raise ServiceUnreachable(
                     f"no answer from {self._http.base_url} ({reason}); is the service running there?"
@@ -405,8 +414,10 @@ class Client:
                 return answer
             problem = _problem_of(answer)
             # A request without room was not begun; of one that failed otherwise nobody knows how far it came.
-            may_pass = answer.status_code == 429 or (answer.status_code == 503 and repeatable)
+            may_pass = answer.status_code == 429 or (answer.status_code in (502, 503, 504) and repeatable)
             wait_s = problem.retry_after_s
+            if wait_s is None and answer.status_code in _BY_PROXIES:
+                wait_s = _LOST_WAIT_S
             if not left or not may_pass or wait_s is None or wait_s > _MAX_WAIT_S:
                 raise problem
             left -= 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,29 @@ def output_of(*command: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def nginx_configuration(folder: Path, *, tls: str, services: Sequence[str] = ()) -> Path:
+    """nginx's main file around the site of `deploy/`, with a certificate made for it; all it writes lies in the folder.
+
+    tls: what it listens on. services: addresses that it deals requests out to, in place of the site's.
+    """
+    certificate = ("-keyout", folder / "privkey.pem", "-out", folder / "fullchain.pem")
+    making = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=test")
+    output_of(program("openssl"), *making, *certificate)
+    site = (DEPLOY / "nginx" / "dino-search.conf").read_text(encoding="utf-8")
+    site = site.replace("/etc/ssl/dino-search", str(folder))
+    site = re.sub(r"listen \[::\].*\n", "\n", site)
+    site = re.sub(r"listen 80", f"listen unix:{folder}/80", site)
+    site = re.sub(r"listen 443 ssl", f"listen {tls} ssl", site)
+    if services:
+        site = re.sub(r"server 127.0.0.1:8000;", " ".join(f"server {service};" for service in services), site)
+    (folder / "site.conf").write_text(site, encoding="utf-8")
+    temporary = "".join(
+        f"{kind}_temp_path {folder / kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    # Whoever starts it may write to the folder; the user that nginx would change to may not.
+    main = f"user {getpass.getuser()}; " if os.geteuid() == 0 else ""
+    main += f"pid {folder}/pid; events {{}} http {{ access_log off; {temporary} include {folder}/site.conf; }}"
+    (folder / "nginx.conf").write_text(main, encoding="utf-8")
+    return folder / "nginx.conf"

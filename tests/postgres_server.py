@@ -27,8 +27,8 @@ _FAST = "fsync=off max_wal_size=256MB shared_buffers=32MB".split()
 class Server:
     """A server of our own in a temporary folder, on a free port of the loopback interface."""
 
-    def __init__(self, binaries: Path, settings: Sequence[str] = _FAST) -> None:
-        """settings: `name=value` of postgresql.conf."""
+    def __init__(self, binaries: Path, settings: Sequence[str] = _FAST, *, standby_of: Server | None = None) -> None:
+        """settings: `name=value` of postgresql.conf. standby_of: the server that this one follows."""
         self._settings = settings
         self._user = _unprivileged_user()
         self._folder = Path(tempfile.mkdtemp(prefix="dino-search-postgres-"))
@@ -42,6 +42,13 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        if standby_of is None:
+            self._create()
+        else:
+            self._run("pg_basebackup", f"--dbname={standby_of.url}", "--write-recovery-conf", "--checkpoint=fast")
+        self.start()
+
+    def _create(self) -> None:
         password_file = self._folder / "password"
         password_file.write_text("secret")
         password_file.chmod(0o644)
@@ -49,7 +56,6 @@ class Server:
             "initdb", "--username=tester", "--encoding=UTF8", "--locale=C", "--no-sync", "--auth=scram-sha-256",
             f"--pwfile={password_file}",
         )  # fmt: skip
-        self.start()
 
     @property
     def url(self) -> str:
@@ -64,8 +70,13 @@ class Server:
         """mode: `smart`, `fast`, or `immediate`, which is as a crash."""
         self._run("pg_ctl", "stop", "--wait", "--silent", f"--mode={mode}")
 
+    def promote(self) -> None:
+        """Makes a standby the server that takes changes."""
+        self._run("pg_ctl", "promote", "--wait", "--silent")
+
     def delete(self) -> None:
-        self.stop("immediate")
+        if (self._data / "postmaster.pid").exists():
+            self.stop("immediate")
         shutil.rmtree(self._folder)
 
     def _run(self, program: str, *arguments: str) -> None:

@@ -3,26 +3,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from deploy_files import DEPLOY, output_of, program, seconds
+from deploy_files import DEPLOY, nginx_configuration, output_of, program, seconds
 
 SITE = DEPLOY / "nginx" / "dino-search.conf"
 
 
 def test_nginx_accepts_the_site(tmp_path: Path) -> None:
-    nginx, openssl = program("nginx"), program("openssl")
-    certificate = ("-keyout", tmp_path / "privkey.pem", "-out", tmp_path / "fullchain.pem")
-    output_of(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=test", *certificate)
-    site = SITE.read_text(encoding="utf-8").replace("/etc/ssl/dino-search", str(tmp_path))
+    nginx = program("nginx")
     # nginx opens what it listens on to try it, and ports may be taken.
-    site = re.sub(r"listen \[::\].*\n", "\n", site)
-    site = re.sub(r"listen (80|443)", rf"listen unix:{tmp_path}/\1", site)
-    (tmp_path / "site.conf").write_text(site, encoding="utf-8")
-    temporary = "".join(
-        f"{kind}_temp_path {tmp_path / kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    main = f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {temporary} include {tmp_path}/site.conf; }}"
-    (tmp_path / "nginx.conf").write_text(main, encoding="utf-8")
-    said = output_of(nginx, "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", "stderr")
+    configuration = nginx_configuration(tmp_path, tls=f"unix:{tmp_path}/443")
+    said = output_of(nginx, "-t", "-p", tmp_path, "-c", configuration, "-e", "stderr")
     assert "test is successful" in said
 
 
@@ -38,7 +28,7 @@ def test_site_lets_the_service_answer_first() -> None:
     request_timeout_s = 60
     assert seconds(_value(text, "proxy_read_timeout")) > request_timeout_s
     assert _value(text, "client_max_body_size") == "64m"
-    assert _value(text, "proxy_next_upstream") == "off"
+    assert _value(text, "proxy_next_upstream") == "error"
 
 
 def test_metrics_and_probes_are_not_published() -> None:

@@ -270,13 +270,16 @@ def test_nobody_there_is_a_clear_error() -> None:
 Asked = Callable[[httpx.Request], httpx.Response]
 
 
-def client_of(*answers: httpx.Response, **options: Any) -> tuple[Client, list[httpx.Request]]:
-    """A client of something that gives these answers, the last one for good, and what it was asked."""
+def client_of(*answers: httpx.Response | Exception, **options: Any) -> tuple[Client, list[httpx.Request]]:
+    """A client of something that gives these answers, or fails so, the last one for good; and what it was asked."""
     requests: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         requests.append(request)
-        return answers[min(len(requests), len(answers)) - 1]
+        given = answers[min(len(requests), len(answers)) - 1]
+        if isinstance(given, Exception):
+            raise given
+        return given
 
     return Client("http://busy.test/below", transport=httpx.MockTransport(answer), **options), requests
 
@@ -331,6 +334,24 @@ def test_what_should_not_be_done_twice_is_repeated_only_where_it_was_not_begun(s
     asked, requests = client_of(busy(429), retries=1)
     problem_of(lambda: asked.submit_job("duplicates"))
     assert len(requests) == 2
+
+
+@pytest.mark.parametrize(
+    "lost", [httpx.Response(502), httpx.Response(504), httpx.ReadError("reset"), httpx.RemoteProtocolError("no answer")]
+)
+def test_what_was_lost_with_a_service_is_asked_again_of_another(
+    slept: list[float], lost: httpx.Response | Exception
+) -> None:
+    asked, requests = client_of(lost, httpx.Response(200, json={"collections": []}))
+    assert asked.collections() == []
+    assert (len(requests), len(slept)) == (2, 1)
+    asked, requests = client_of(lost, retries=2)
+    with pytest.raises((ServiceProblem, ServiceUnreachable)):
+        asked.submit_job("duplicates")
+    assert len(requests) == 1
+    with pytest.raises((ServiceProblem, ServiceUnreachable)):
+        asked.collections()
+    assert len(requests) == 4
 
 
 @pytest.mark.parametrize("retry_after", ["30", "", "soon", "-1", "Wed, 21 Oct 2026 07:28:00 GMT"])

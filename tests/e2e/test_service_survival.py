@@ -9,10 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -22,66 +20,12 @@ from bad_files import encoded, picture
 from dino_index.errors import ServiceProblem, ServiceUnreachable
 from dino_search.client import Client
 from sample_collections import index_files, jpeg, write_pictures
+from served_command import Serve
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 NUM_SLOW_CLIENTS = 150
 NUM_JOB_IMAGES = 320
-
-
-@dataclass(frozen=True)
-class Served:
-    """A process of `dino-search serve`."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, bytes]:
-        """Its exit code, and what it wrote."""
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60), self.log.read_bytes()
-
-
-Serve = Callable[..., Served]
-
-
-@pytest.fixture
-def serve(home: Path, tmp_path: Path) -> Iterator[Serve]:
-    """Starts the command on the test's home, settings as the environment has them; ready when it returns."""
-    with ExitStack() as started:
-
-        def start(**settings: object) -> Served:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = int(free.getsockname()[1])
-            names = {f"DINO_SEARCH_{name.upper()}": str(value) for name, value in settings.items()}
-            # Into a file: a pipe that nobody reads would hold up who writes to it.
-            log = tmp_path / f"serve-{port}.log"
-            with open(log, "wb") as file:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "dino_search", "serve", "--port", str(port)],
-                    env=os.environ | names, stderr=file,
-                )  # fmt: skip
-            started.enter_context(process)
-            started.callback(process.kill)
-            served = Served(process, port, log)
-            with Client(served.url, timeout_s=10) as client:
-                for _ in range(1200):
-                    with suppress(ServiceProblem, ServiceUnreachable):
-                        client.ready()
-                        return served
-                    assert process.poll() is None, log.read_text()
-                    time.sleep(0.05)
-            raise AssertionError("the service did not get ready")
-
-        yield start
 
 
 def sound(home: Path) -> bool:

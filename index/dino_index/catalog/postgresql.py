@@ -67,7 +67,11 @@ class PostgresqlStore(Store):
                 "a catalog on PostgreSQL needs psycopg; run: pip install 'dino-search[distributed]'"
             ) from error
         given = _parameters_of(url, conninfo_to_dict, psycopg.Error)
-        self._parameters: dict[str, Any] = _CONNECTION_DEFAULTS | given | {"client_encoding": "UTF8"}
+        defaults = dict(_CONNECTION_DEFAULTS)
+        if "," in str(given.get("host", given.get("hostaddr", ""))):
+            # Of several servers the one that takes changes, which after a failover is another one.
+            defaults |= {"target_session_attrs": "read-write", "connect_timeout": "5"}
+        self._parameters: dict[str, Any] = defaults | given | {"client_encoding": "UTF8"}
         self.place = place_of(given)
         self._database = str(given.get("dbname", "postgresql"))
         self._home = home
@@ -300,9 +304,12 @@ def _parameters_of(url: str, parse: Callable[[str], dict[str, Any]], failure: ty
 def place_of(parameters: dict[str, Any]) -> str:
     """A URL for messages, without password: of libpq's connection parameters."""
     user = f"{parameters['user']}@" if parameters.get("user") else ""
-    port = f":{parameters['port']}" if parameters.get("port") else ""
-    host = str(parameters.get("host") or parameters.get("hostaddr") or parameters.get("service") or "")
-    return f"postgresql://{user}{host}{port}/{parameters.get('dbname') or ''}"
+    hosts = str(parameters.get("host") or parameters.get("hostaddr") or parameters.get("service") or "").split(",")
+    ports = str(parameters.get("port") or "").split(",")
+    # One port for all of them, or one for each.
+    ports *= len(hosts) if len(ports) == 1 else 1
+    servers = ",".join(host + (f":{port}" if port else "") for host, port in zip(hosts, ports, strict=False))
+    return f"postgresql://{user}{servers}/{parameters.get('dbname') or ''}"
 
 
 def _lock_key(schema: str) -> int:
