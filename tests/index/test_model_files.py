@@ -45,9 +45,9 @@ def description(**changed: Any) -> str:
 
 def test_bundled_is_a_version_that_is_there() -> None:
     spec = resolve_model()
-    assert spec.name == "bundled_v3"
+    assert spec.name == "bundled_v4"
     assert spec.weights_path.is_file()
-    assert spec == resolve_model("bundled") == resolve_model("bundled_v3")
+    assert spec == resolve_model("bundled") == resolve_model("bundled_v4")
 
 
 def test_resolving_and_fingerprinting_load_no_torch() -> None:
