@@ -39,7 +39,8 @@ _TABLE_SIZES = {"cpu": 32, "cuda": 256}
 # Of a decoding task, which is what Ray does again when a node goes away.
 _MAX_TABLES_A_TASK = 64
 _TASKS_A_PROCESSOR = 8
-_CONNECT_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 40.0
 _LOOK_EVERY_S = 1.0
 
 
@@ -67,9 +68,8 @@ def main() -> None:
 
 def run(job: RayJob, send: Callable[[Message], None]) -> None:
     """Sends the outcomes of all files. Raises ClusterErrors, ModelErrors and whatever Ray does."""
-    _connect(job.ray.address)
-    watcher = threading.Thread(target=_leave_with_caller, args=(sys.stdin.buffer,), daemon=True)
-    watcher.start()
+    threading.Thread(target=_leave_with_caller, args=(sys.stdin.buffer,), daemon=True).start()
+    _connect(job.ray.address or os.environ.get("RAY_ADDRESS") or None, send)
     device = _choose_device(job.device)
     replicas = _wait_for_room(job, device)
     threading.Thread(target=_watch_nodes, args=(device, replicas, send), daemon=True).start()
@@ -120,24 +120,35 @@ def _outcomes(job: RayJob, device: Literal["cpu", "cuda"], replicas: int) -> Ite
     yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _connect(address: str | None) -> None:
-    """Raises ClusterUnreachable."""
-    address = address or os.environ.get("RAY_ADDRESS") or None
+def _connect(address: str | None, send: Callable[[Message], None]) -> None:
+    """Raises ClusterUnreachable, or sends it, as Ray tries for ever where something else answers."""
     if address and address.startswith("ray://"):
         raise ClusterUnreachable(
             f"{address} leads to a Ray client server: run dino-search on a node of the cluster, with "
             "--ray-address auto or HOST:PORT of the head (6379 by default)"
         )
+    given_up = threading.Timer(
+        _CONNECT_TIMEOUT_S,
+        lambda: send(Message("refused", _unreachable(address, f"no answer within {_CONNECT_TIMEOUT_S:.0f} s"))),
+    )
+    given_up.daemon = True
+    given_up.start()
     host, _, port = (address or "").rpartition(":")
     try:
         if host and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
-        ray.init(address, include_dashboard=None, log_to_driver=False, logging_level=logging.ERROR)
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER_TIMEOUT_S).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(
-            f"no Ray cluster can be used at {address or 'this machine'} ({_in_one_line(error)}): expected one that "
-            "was started with ray start --head, and this machine to be one of its nodes"
-        ) from error
+        raise _unreachable(address, _in_one_line(error)) from error
+    finally:
+        given_up.cancel()
+
+
+def _unreachable(address: str | None, why: str) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"no Ray cluster can be used at {address or 'this machine'} ({why}): expected one that was started with "
+        "ray start --head, and this machine to be one of its nodes"
+    )
 
 
 def _choose_device(device: str) -> Literal["cpu", "cuda"]:
@@ -194,7 +205,8 @@ def _watch_nodes(device: Literal["cpu", "cuda"], replicas: int, send: Callable[[
 
 def _leave_with_caller(stdin: IO[bytes]) -> None:
     select.select([stdin], [], [])
-    ray.shutdown()
+    if ray.is_initialized():
+        ray.shutdown()
     os._exit(0)
 
 
