@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
 
-_NODE = {"num_gpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+_OBJECT_STORE_BYTES = 80 << 20
 
 
 @contextmanager
@@ -23,30 +21,50 @@ def running_cluster(*cpus: int) -> Iterator[Cluster]:
     # Asked in a process of its own, as tests may not reach out of this machine.
     code = "import ray; print(ray.util.get_node_ip_address())"
     address = subprocess.run([sys.executable, "-c", code], check=True, text=True, capture_output=True).stdout.strip()
-    node = {**_NODE, "node_ip_address": address}
     # Its sockets lie there, and their paths may not be long.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster(head_node_args={**node, "num_cpus": cpus[0], "temp_dir": folder}, initialize_head=True)
+        head = {"num_cpus": cpus[0], "num_gpus": 0, "object_store_memory": _OBJECT_STORE_BYTES}
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args=head | {"node_ip_address": address, "include_dashboard": False, "temp_dir": folder},
+        )
         try:
             for number in cpus[1:]:
-                cluster.add_node(**{**node, "num_cpus": number})
+                add_node(cluster, number)
             yield cluster
         finally:
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def add_node(cluster: Any, num_cpus: int) -> None:
+    cluster.add_node(
+        num_cpus=num_cpus,
+        num_gpus=0,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        node_ip_address=cluster.head_node.node_ip_address,
+    )
 
 
 def kill_worker(node: Any, what: str) -> bool:
     """Kills a process of a node that does what is named, if there is one."""
-    for process in workers(node):
-        if what in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            return True
-    return False
+    found = _workers(node, what)
+    for process in found[:1]:
+        process.kill()
+    return bool(found)
 
 
-def workers(node: Any) -> list[psutil.Process]:
-    raylet = node.all_processes["raylet"][0].process.pid
-    return psutil.Process(raylet).children(recursive=True)
+def has_worker(node: Any, what: str) -> bool:
+    return bool(_workers(node, what))
+
+
+def _workers(node: Any, what: str) -> list[psutil.Process]:
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    found = []
+    for process in raylet.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if what in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def remove_node(cluster: Cluster, node: Any) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # How often the caller can stop the run while nothing comes back.
 _POLL_EVERY_S = 0.3
+_GO_ON = "what was recorded stays, and the same command goes on from there"
 _MAX_WAITING_MESSAGES = 8
 # For the driver to leave the cluster in order, which ends a cluster that it started.
 _LEAVE_TIMEOUT_S = 15.0
@@ -110,6 +111,8 @@ def embed_files_on_ray(
         if message.kind == "refused":
             raise problem
         if message.kind == "node_lost":
+            if not message.value:
+                raise problem
             job = replace(job, ray=replace(job.ray, replicas=message.value))
         elif remaining and len(remaining) == len(numbers):
             raise problem
@@ -147,12 +150,11 @@ class _Driver:
         if message.kind == "refused":
             problem: DinoSearchError = message.value
             return problem
+        if message.kind == "node_lost":
+            return ClusterLost(f"all nodes of the Ray cluster that could embed are gone; {_GO_ON}")
         lines = self._log.read_text(errors="replace").split("\n")
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return ClusterLost(
-            f"the Ray cluster gave nothing any more: {message.value or last_line}; what was recorded stays, and the "
-            "same command goes on from there"
-        )
+        return ClusterLost(f"the Ray cluster gave nothing any more: {message.value or last_line}; {_GO_ON}")
 
     def leave(self) -> None:
         """Ends the process, and with it its job on the cluster."""

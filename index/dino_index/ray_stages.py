@@ -39,12 +39,12 @@ class KnownPictures:
 
     def __init__(self, sizes: Mapping[bytes, tuple[int, int]]) -> None:
         digests = sorted(sizes)
-        # NumPy takes trailing zero bytes for padding, in all of them alike.
+        # NumPy takes trailing zero bytes for padding and leaves them out of what it gives back.
         self._digests_K = np.array(digests, "S32")
         self._sizes_K2 = np.array([sizes[digest] for digest in digests], np.int64).reshape(-1, 2)
 
     def find(self, sha256: bytes) -> tuple[int, int] | None:
-        wanted = np.bytes_(sha256)
+        wanted = sha256.rstrip(b"\0")
         place = int(np.searchsorted(self._digests_K, wanted))
         if place == len(self._digests_K) or self._digests_K[place] != wanted:
             return None
