@@ -83,6 +83,7 @@ def _outcomes(job: RayJob, device: Literal["cpu", "cuda"], replicas: int) -> Ite
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     # A decoding task hands on a table as soon as it is full of pictures.
     context.target_max_block_size = table_size * job.spec.input_size**2 * 3
     context.execution_options.verbose_progress = False
@@ -213,6 +214,10 @@ def _leave_with_caller(stdin: IO[bytes]) -> None:
 def _expected_error(error: BaseException | None) -> DinoSearchError | None:
     """The error of this project that is behind one of Ray's."""
     while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, BaseException):  # Ray makes a class of its own for each error of a task, with this inside
+            error = cause
+            continue
         if isinstance(error, DinoSearchError):
             return error
         if isinstance(error, ModuleNotFoundError) or "No module named 'dino_index" in str(error):
@@ -220,8 +225,7 @@ def _expected_error(error: BaseException | None) -> DinoSearchError | None:
                 f"a node of the Ray cluster cannot import what it needs ({_in_one_line(error)}): install the same "
                 "dino-search, with ray[data], on all nodes"
             )
-        cause = getattr(error, "cause", None)
-        error = cause if isinstance(cause, BaseException) else error.__cause__
+        error = error.__cause__
     return None
 
 

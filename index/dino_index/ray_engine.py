@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile
-from dino_index.errors import ClusterLost, DinoSearchError, ImageError, RayMissing
+from dino_index.errors import ClusterError, ClusterLost, DinoSearchError, ImageError, RayMissing
 from dino_index.image_files import ListedFile
 from dino_index.model_files import ModelSpec
 
@@ -109,6 +109,8 @@ def embed_files_on_ray(
                 yield batch
             problem = driver.problem(message)
         if message.kind == "refused":
+            if len(remaining) < len(files) and isinstance(problem, ClusterError):
+                raise ClusterLost(f"the Ray cluster can embed no more: {problem}; {_GO_ON}") from problem
             raise problem
         if message.kind == "node_lost":
             if not message.value:
