@@ -148,7 +148,7 @@ def _connect(address: str | None, send: Callable[[Message], None]) -> None:
 def _unreachable(address: str | None, why: str) -> ClusterUnreachable:
     return ClusterUnreachable(
         f"no Ray cluster can be used at {address or 'this machine'} ({why}): expected one that was started with "
-        "ray start --head, and this machine to be one of its nodes"
+        "ray start --head, and this machine to be one of its nodes (and RAY_AUTH_MODE=token where it asks for a token)"
     )
 
 
