@@ -32,10 +32,8 @@ from dino_index.indexing import IndexSummary, Progress
 from dino_index.model_files import resolve_model
 from dino_index.ray_engine import RaySettings, embed_files_on_ray
 from forked_commands import CommandLine
-from sample_collections import count_rows, images_of, index_files, jpeg, write_pictures, write_shard
-
-pytest.importorskip("ray", reason="Ray is not installed")
 from ray_cluster import add_node, has_worker, kill_worker, remove_node, running_cluster
+from sample_collections import count_rows, images_of, index_files, jpeg, write_pictures, write_shard
 
 pytestmark = pytest.mark.ray
 BUNDLED = Path("bundled")
