@@ -42,6 +42,8 @@ STATUS_BY_CODE: dict[str, int] = {
     "index_type_invalid": 422, "too_little_memory": 503,
     "source": 422, "source_not_found": 404, "no_images_found": 422, "prune_refused": 409, "manifest": 422,
     "set_file_unusable": 422, "backend_missing": 422, "relocation_refused": 409,
+    "cluster": 500, "ray_missing": 500, "cluster_unreachable": 500, "cluster_too_small": 500, "cluster_lost": 500,
+    "node_unfit": 500,
     "filter": 422,
     "recipe": 500, "run": 500, "run_exists": 500, "run_not_found": 500, "too_few_images": 500,
     "training_diverged": 500,

@@ -83,6 +83,20 @@ def index(
         str | None,
         typer.Option(metavar="i/N", help="Index the i-th of N shares of the files, as one of N processes."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="Embed in this process, or on a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Head of the Ray cluster.",
+            show_default="RAY_ADDRESS, else this machine",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Models on the Ray cluster, a GPU or processor each; 0: all that are free.")
+    ] = 0,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 0,
     workers: WorkersOption = 0,
@@ -92,10 +106,14 @@ def index(
 ) -> None:
     """Add new and changed images, skip unchanged ones."""
     require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--engine", engine, ("local", "ray"))
+    if engine == "local" and (ray_address is not None or replicas):
+        raise typer.BadParameter("--ray-address and --replicas are for --engine ray")
     require_choice("--pooling", pooling or "normalised", ("normalised", "reference"))
     from dino_index.embedding import EmbeddingSettings
     from dino_index.image_bytes import ReadLimits
     from dino_index.indexing import IndexOptions
+    from dino_index.ray_engine import RaySettings
     from dino_index.shares import Share
     from dino_search.collection import Collection
 
@@ -113,6 +131,7 @@ def index(
                 workers=workers,
                 limits=ReadLimits(max_pixels=max_pixels, max_bytes=max_bytes),
             ),
+            ray=RaySettings(address=ray_address, replicas=replicas) if engine == "ray" else None,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -62,7 +62,9 @@ class FailedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoded:
+class DecodedFile:
+    """A file whose picture is in memory, or None where its bytes have vectors already."""
+
     file: ListedFile
     facts: FileFacts
     pixels_HWC: NDArray[np.uint8] | None
@@ -109,7 +111,7 @@ def embed_files(
     read: content of a path, or ImageError; called from several threads.
     """
     backbone: Backbone | None = None
-    batch: list[_Decoded | FailedFile] = []
+    batch: list[DecodedFile | FailedFile] = []
     # The distinct new pictures of the batch: copies share a forward pass.
     new: dict[bytes, NDArray[np.uint8]] = {}
     running: deque[Future[list[EmbeddedFile | FailedFile]]] = deque()
@@ -120,8 +122,8 @@ def embed_files(
     def num_ahead() -> int:
         return 2 * batch_size() * (backbone.num_devices if backbone else 1)
 
-    def load(file: ListedFile) -> _Decoded | FailedFile:
-        return _load(file, input_size, find_embedded, settings.limits, read)
+    def load(file: ListedFile) -> DecodedFile | FailedFile:
+        return decode_file(file, input_size, find_embedded, settings.limits, read)
 
     def submit() -> None:
         # Put together here, so that a GPU's thread does nothing else than to keep it busy.
@@ -134,9 +136,9 @@ def embed_files(
         # Until a picture needs the model, batches hold only what needs no forward pass.
         forward, max_waiting = stack.enter_context(ThreadPoolExecutor(1)), 1
         for outcome in in_order(load, files, settings.num_workers, num_ahead):
-            if isinstance(outcome, _Decoded) and outcome.pixels_HWC is not None:
+            if isinstance(outcome, DecodedFile) and outcome.pixels_HWC is not None:
                 new.setdefault(outcome.facts.sha256, outcome.pixels_HWC)
-                outcome = _Decoded(outcome.file, outcome.facts, None)
+                outcome = DecodedFile(outcome.file, outcome.facts, None)
                 if backbone is None:
                     # The model loads while the workers decode ahead.
                     backbone = load_backbone()
@@ -153,7 +155,7 @@ def embed_files(
 
 
 def _embed(
-    batch: Sequence[_Decoded | FailedFile],
+    batch: Sequence[DecodedFile | FailedFile],
     digests: Sequence[bytes],
     pixels_BHWC: NDArray[np.uint8] | None,
     backbone: Backbone | None,
@@ -171,23 +173,24 @@ def _embed(
     ]  # fmt: skip
 
 
-def _load(
+def decode_file(
     file: ListedFile,
     input_size: int,
     find_embedded: Callable[[bytes], tuple[int, int] | None],
     limits: ReadLimits,
-    read: Callable[[str, ReadLimits], FileContent],
-) -> _Decoded | FailedFile:
+    read: Callable[[str, ReadLimits], FileContent] = read_file,
+) -> DecodedFile | FailedFile:
+    """What a forward pass needs of a file, or why it cannot be used; arguments as of `embed_files`."""
     try:
         content = read(file.path, limits)
         known = find_embedded(content.sha256)
         if known is not None:
-            return _Decoded(file, FileFacts(content.sha256, content.size, content.mtime_ns, *known), None)
+            return DecodedFile(file, FileFacts(content.sha256, content.size, content.mtime_ns, *known), None)
         picture = decode(content.data, size=(input_size, input_size), limits=limits)
     except ImageError as error:
         return FailedFile(file, error)
     facts = FileFacts(content.sha256, content.size, content.mtime_ns, picture.width, picture.height)
-    return _Decoded(file, facts, picture.pixels_HWC)
+    return DecodedFile(file, facts, picture.pixels_HWC)
 
 
 def in_order(

@@ -38,6 +38,12 @@ DinoSearchError
 │   ├── SetFileUnusable     a file of a published set (IDX, CIFAR, STL-10) that is cut off, another one, or unlabelled
 │   ├── BackendMissing      a URL or a video that needs a package which is not installed
 │   └── RelocationRefused   files are not at the new place, or are known there already
+├── ClusterError            files that cannot be embedded on a Ray cluster
+│   ├── RayMissing          Ray is not installed
+│   ├── ClusterUnreachable  no cluster that answers at the address
+│   ├── ClusterTooSmall     fewer processors or GPUs, or fewer free ones, than the replicas need
+│   ├── ClusterLost         a cluster that went away, or gave nothing any more
+│   └── NodeUnfit           a node without this program, or with another version of it
 ├── FilterError             a filter that cannot be parsed or names no field of the collection
 ├── RecipeError             a pretraining recipe with an unknown key or a value out of range
 ├── RunError
@@ -281,6 +287,32 @@ class BackendMissing(SourceError):
 
 class RelocationRefused(SourceError):
     code = "relocation_refused"
+
+
+class ClusterError(DinoSearchError):
+    """Files cannot be embedded on a Ray cluster; what was recorded stays."""
+
+    code = "cluster"
+
+
+class RayMissing(ClusterError):
+    code = "ray_missing"
+
+
+class ClusterUnreachable(ClusterError):
+    code = "cluster_unreachable"
+
+
+class ClusterTooSmall(ClusterError):
+    code = "cluster_too_small"
+
+
+class ClusterLost(ClusterError):
+    code = "cluster_lost"
+
+
+class NodeUnfit(ClusterError):
+    code = "node_unfit"
 
 
 class FilterError(DinoSearchError):

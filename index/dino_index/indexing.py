@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,7 @@ from dino_index.source_listing import by_image, list_sources, shard_files, sidec
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
+    from dino_index.ray_engine import RaySettings
 
 # Reasons that lie outside the file's content: worth another try although the file looks unchanged.
 _RETRIED_REASONS = frozenset({"permission", "unreadable", "vanished", "broken_link", "not_a_file"})
@@ -77,6 +78,8 @@ class IndexOptions:
     share: Share | None = None
     """Index only this share of the files, as one of several processes; None for all."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    ray: RaySettings | None = None
+    """Embed on a Ray cluster; None for this process."""
 
     def __post_init__(self) -> None:
         check_patterns(self.exclude)
@@ -248,6 +251,8 @@ class _Run:
             self._spec = model or default_model()
             # Loaded before the collection exists: an unusable model must leave no trace.
             dim = self._load_backbone().dim
+            if self._options.ray is not None:
+                self._backbone = None  # its memory is the cluster's
             self._check_index_type(dim)
             collection = self._catalog.write(lambda session: create_collection(session, name, self._spec, dim))
         elif model is None:
@@ -324,17 +329,25 @@ class _Run:
         )
         start, done, total = time.perf_counter(), 0, len(self._to_read)
         on_progress(Progress(done=0, total=total, failed=self.summary.failed))
-        batches = embed_files(
-            self._to_read, self._load_backbone, self._spec.input_size, self._find_embedded,
-            self._options.embedding,
-        )  # fmt: skip
-        for num_recorded in record_outcomes(batches, self._record, should_stop):
+        for num_recorded in record_outcomes(self._embed(), self._record, should_stop):
             done += num_recorded
             on_progress(Progress(done=done, total=total, failed=self.summary.failed))
         self.summary.interrupted = done < total
         self.summary.remaining = total - done
         if done:
             self.summary.images_per_second = round(done / (time.perf_counter() - start), 1)
+
+    def _embed(self) -> Generator[list[EmbeddedFile | FailedFile]]:
+        """Outcomes of the files to read, by the engine that was asked for."""
+        options = self._options
+        if options.ray is None or not self._to_read:
+            return embed_files(
+                self._to_read, self._load_backbone, self._spec.input_size, self._find_embedded, options.embedding
+            )
+        from dino_index.ray_engine import embed_files_on_ray
+
+        known = self._catalog.read(self._load_embedded_sizes) if self._embedded_digests else {}
+        return embed_files_on_ray(self._to_read, self._spec, known, options.embedding, options.ray, self._device)
 
     def forget_vanished_failures(self) -> None:
         """Drops failed entries of files that are gone and of folders that could be listed again."""
@@ -458,7 +471,9 @@ class _Run:
         from dino_index.backbones import Backbone
 
         if self._backbone is None:
-            self._backbone = Backbone(self._spec, device=self._device)
+            # Of a model that embeds elsewhere, this process only asks how long its vectors are.
+            device = self._device if self._options.ray is None else "cpu"
+            self._backbone = Backbone(self._spec, device=device)
         return self._backbone
 
     def _remember_place_of_weights(self, collection: CollectionInfo) -> None:
@@ -523,6 +538,20 @@ class _Run:
         digests = select(EmbeddingRow.sha256).where(*of_model)
         streamed = {"yield_per": _ROWS_PER_FETCH}
         return self._catalog.read(lambda session: set(session.scalars(digests, execution_options=streamed)))
+
+    def _load_embedded_sizes(self, session: Session) -> dict[bytes, tuple[int, int]]:
+        """`_find_embedded` of all bytes at once, for processes without the catalog."""
+        rows: Iterable[Any] = session.execute(
+            select(ImageRow.sha256, ImageRow.width, ImageRow.height)
+            .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
+            .where(
+                ImageRow.status == "ok",
+                EmbeddingRow.model_id == self._collection.model_id,
+                EmbeddingRow.kind == "cls",
+            ),
+            execution_options={"yield_per": _ROWS_PER_FETCH},
+        )
+        return {sha256: (width, height) for sha256, width, height in rows}
 
     def _record(self, batch: Sequence[EmbeddedFile | FailedFile]) -> None:
         """Writes a batch in one transaction."""

@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -150,15 +152,56 @@ def test_a_process_without_torchrun_is_alone() -> None:
             assert torch.equal(same, rows)
 
 
+def torchrun(*arguments: object, max_restarts: int = 0) -> list[str]:
+    """The command line for `pretrain` in two processes."""
+    launch = [
+        "--nproc-per-node", 2, "--max-restarts", max_restarts, "--master-addr", "127.0.0.1",
+        "--master-port", free_port(), "-m", "dino_search", "pretrain",
+    ]  # fmt: skip
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, [*launch, *arguments])]
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run(images: Path, tmp_path: Path) -> None:
     recipe, run = write_tiny_recipe(tmp_path / "tiny.yaml", **SETTINGS), tmp_path / "run"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-        "--master-port", str(free_port()), "-m", "dino_search", "pretrain", images, "--out", run, "--recipe", recipe,
-    ]  # fmt: skip
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    command = torchrun(images, "--out", run, "--recipe", recipe)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished after 6 steps") == 1
     pretrain([images], tmp_path / "alone", tiny_recipe(**SETTINGS))
     assert_same(final_state(run)["student"], final_state(tmp_path / "alone")["student"], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_a_killed_process_torchrun_goes_on_from_the_last_checkpoint(
+    images: Path, tmp_path: Path, rank: int
+) -> None:
+    recipe = write_tiny_recipe(tmp_path / "tiny.yaml", epochs=6, save_every_minutes=0.0)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = torchrun(images, "--out", run, "--recipe", recipe, "--resume", max_restarts=1)
+    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as launcher:
+        wait_for_step(run, 4, launcher)
+        of_rank = [
+            process
+            for process in psutil.Process(launcher.pid).children(recursive=True)
+            if process.environ().get("RANK") == str(rank)
+        ]
+        of_rank[0].kill()
+        assert launcher.wait(300) == 0, (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "going on from step" in text
+    assert text.count("finished after 18 steps") == 1
+    assert [row["step"] for row in events(run, "step")] == list(range(1, 19))
+
+    subprocess.run(torchrun(images, "--out", whole, "--recipe", recipe), capture_output=True, timeout=300, check=True)
+    assert events(run, "step") == events(whole, "step")
+    assert_same(final_state(run), final_state(whole))
+
+
+def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(events(run, "step")) < step:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    is_launched: bool = False
+    """Whether torchrun has started it, which gives the same command again when a process has failed."""
 
     @property
     def is_first(self) -> bool:
@@ -78,8 +82,12 @@ def joined(device: torch.device) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # After a restart, torchrun may hand out the store with the addresses of processes that are gone, which would be
+    # waited for.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(rank, size, is_launched=True)
     finally:
         dist.destroy_process_group()

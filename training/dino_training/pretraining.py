@@ -721,7 +721,8 @@ class Training:
 
 def _begin(run: Path, resume: bool, processes: Processes, on_remark: Callable[[str], None]) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None for a new run in a folder that can be written."""
-    if resume:
+    # Started anew by torchrun, the command that goes on must also be the one that begins.
+    if resume and (list_checkpoints(run) or not processes.is_launched):
         return load_checkpoint(run, on_remark)
     try:
         if list_checkpoints(run) or (run / WEIGHTS).exists():
