@@ -12,7 +12,7 @@ import pytest
 
 from deploy_files import DEPLOY, dockerfile_steps, output_of, read_yaml, seconds
 
-FILES = ("compose.yaml", "compose.cuda.yaml")
+FILES = ("compose.yaml", "compose.cuda.yaml", "compose.cluster.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ SHARED = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "cluster": read_yaml("helm", "values-cluster.yaml"),
     "everything": {
         **SHARED,
         "gpu": {"enabled": True, "runtimeClassName": "nvidia"},
