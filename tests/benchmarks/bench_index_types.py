@@ -8,35 +8,25 @@ adding perturbed copies. Ratios are to exact search by FAISS (`IndexFlatIP`) in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from filled_catalog import Filled
 from material import seconds
 from numpy.typing import NDArray
-from sqlalchemy import insert
 
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SnapshotRow, SourceRow
-from dino_index.collections import CollectionInfo, advance_generation, create_collection
-from dino_index.model_files import BUNDLED, ModelSpec, resolve_model
-from dino_index.snapshots import normalise, write_snapshot
-from dino_index.vector_index import VectorIndex
+from dino_index.model_files import BUNDLED, resolve_model
+from dino_index.snapshots import normalise
 
 _TYPES = ("flat", "hnsw", "ivf", "ivfpq")
 _NUM_QUERIES = 500
 _K = 10
-_ROWS_PER_INSERT = 20_000
-
-
-class _NoModel(ModelSpec):
-    fingerprint = "0" * 64
 
 
 def embed_images(images: Path, cache: Path, limit: int) -> NDArray[np.float16]:
@@ -69,60 +59,6 @@ def perturbed(vectors_ND: NDArray[np.float16], number: int) -> NDArray[np.float1
         source_ND = vectors_ND[: min(len(vectors_ND), number - begin)].astype(np.float32)
         parts.append((source_ND + scale * rng.standard_normal(source_ND.shape, np.float32)).astype(np.float16))
     return np.concatenate(parts)
-
-
-class Filled:
-    """A home with one collection of given vectors."""
-
-    def __init__(self, home: Path, dim: int) -> None:
-        catalog = Catalog.open(home, create=True)
-        assert catalog is not None
-        self.catalog = catalog
-        spec = _NoModel(name="none", weights_path=Path("none"), architecture="none", input_size=8)
-        with catalog.writing() as session:
-            self.collection: CollectionInfo = create_collection(session, "default", spec, dim)
-            source = SourceRow(collection_id=self.collection.id, path="/nowhere")
-            session.add(source)
-            session.flush()
-            self._source_id = source.id
-        self._num_added = 0
-
-    def add(self, vectors_ND: NDArray[np.float16]) -> None:
-        with self.catalog.writing() as session:
-            generation = advance_generation(session, self.collection)
-            for begin in range(0, len(vectors_ND), _ROWS_PER_INSERT):
-                images: list[dict[str, Any]] = []
-                embeddings: list[dict[str, Any]] = []
-                for vector_D in vectors_ND[begin : begin + _ROWS_PER_INSERT]:
-                    digest = hashlib.sha256(self._num_added.to_bytes(8, "big")).digest()
-                    images.append(
-                        {"collection_id": self.collection.id, "source_id": self._source_id, "size": 1, "mtime_ns": 1,
-                         "path": str(self._num_added), "sha256": digest, "status": "ok", "generation": generation}
-                    )  # fmt: skip
-                    embeddings.append(
-                        {"sha256": digest, "model_id": self.collection.model_id, "kind": "cls", "region": "full",
-                         "vector": vector_D.tobytes()}
-                    )  # fmt: skip
-                    self._num_added += 1
-                session.execute(insert(ImageRow), images)
-                session.execute(insert(EmbeddingRow), embeddings)
-
-    def ask_for(self, index_type: str) -> None:
-        with self.catalog.writing() as session:
-            session.get_one(CollectionRow, self.collection.id).index_type = index_type
-
-    def build(self, *, append: bool = False) -> None:
-        write_snapshot(self.catalog, self.collection, append=append)
-
-    def open(self) -> VectorIndex:
-        with self.catalog.reading() as session:
-            return VectorIndex.load(self.catalog, session, self.collection)
-
-    def snapshot(self) -> tuple[int, int, str]:
-        """(bytes, vectors, reason) of the snapshot."""
-        with self.catalog.reading() as session:
-            row = session.get_one(SnapshotRow, self.collection.id)
-            return row.num_bytes, row.num_vectors, row.reason
 
 
 def measure(
