@@ -32,8 +32,8 @@ from dino_index.snapshots import (
     read_snapshot,
     snapshot_ids,
     snapshot_is_intact,
-    write_snapshot,
 )
+from dino_index.vector_stores import vector_store_of
 
 _ROWS_PER_FETCH = 8192
 _UNSYNCHRONISED = {"synchronize_session": False}
@@ -54,7 +54,7 @@ def verify_collection(
     *,
     reindex: Callable[[Sequence[str]], object] | None = None,
 ) -> IntegrityReport:
-    """Compares database, embeddings and snapshot with each other.
+    """Compares database, embeddings and stored vectors with each other.
 
     reindex: given to repair; reads files anew, by absolute path, after their faulty embeddings were deleted.
     Raises CatalogErrors.
@@ -76,10 +76,11 @@ def verify_collection(
                 report.problems.append(f"{path}: its embedding was damaged and its file {fate}")
     else:
         report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
-    problem = _snapshot_problem(catalog, collection)
+    vectors = vector_store_of(catalog)
+    problem = vectors.problem(collection)
     if problem and reindex:
-        write_snapshot(catalog, collection)
-        remaining = _snapshot_problem(catalog, collection)
+        vectors.compact(collection)
+        remaining = vectors.problem(collection)
         (report.problems if remaining else report.repaired).append(problem)
     elif problem:
         report.problems.append(problem)
@@ -87,8 +88,8 @@ def verify_collection(
 
 
 def compact_collection(catalog: Catalog, collection: CollectionInfo) -> None:
-    """Writes a fresh snapshot, drops embeddings that no collection needs, and gives free pages back."""
-    write_snapshot(catalog, collection)
+    """Stores the vectors anew, drops embeddings that no collection needs, and gives free pages back."""
+    vector_store_of(catalog).compact(collection)
     with catalog.writing() as session:
         session.execute(delete(EmbeddingRow).where(_unneeded(session)), execution_options=_UNSYNCHRONISED)
     catalog.reclaim_space()
@@ -200,7 +201,7 @@ def _is_lost(path: str) -> bool:
     return is_gone(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
-def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:
+def snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:
     """What is wrong with the snapshot, in a line; None where it agrees with the catalog or there is none."""
     with catalog.reading() as session:
         row = session.get(SnapshotRow, collection.id)
