@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_index_types import Filled
 from material import seconds
-from milvus_server import Server, find_server_program
 
 from dino_index.exact_search import scan
 from dino_index.snapshots import Vectors, normalise
 from dino_index.vector_stores import VectorSearch, vector_store_of
+from milvus_server import Server, find_server_program
 
 _TYPES = ("flat", "hnsw", "ivf", "ivfpq")
 _NUM_QUERIES = 200
