@@ -5,7 +5,6 @@ Shapes: N vectors, D channels.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,7 +26,6 @@ _LOADING_TIMEOUT_S, _FLUSH_TIMEOUT_S, _POLL_S = 600.0, 120.0, 0.5
 _BYTES_A_CALL = 8 * 2**20
 _IDS_A_CALL = 10_000
 _HNSW_LINKS, _HNSW_CONSTRUCTION = 32, 120
-_PQ_CHANNELS = 4
 
 
 def create_vectors(server: MilvusServer, name: str, index_type: str, num_vectors: int, dim: int) -> None:
@@ -44,7 +42,7 @@ def create_vectors(server: MilvusServer, name: str, index_type: str, num_vectors
     index = MilvusClient.prepare_index_params()
     index.add_index(
         VECTOR, index_name=VECTOR, index_type=INDEX_TYPES[index_type], metric_type="IP",
-        params=_parameters(index_type, num_vectors, dim),
+        params=_parameters(index_type, num_vectors),
     )  # fmt: skip
 
     def create(client: MilvusClient) -> None:
@@ -123,13 +121,9 @@ def server_time(server: MilvusServer, *, patience_s: float) -> int:
     )
 
 
-def _parameters(index_type: str, num_vectors: int, dim: int) -> dict[str, int]:
+def _parameters(index_type: str, num_vectors: int) -> dict[str, int]:
     if index_type == FLAT:
         return {}
     if index_type == "hnsw":
         return {"M": _HNSW_LINKS, "efConstruction": _HNSW_CONSTRUCTION}
-    lists = {"nlist": num_lists(num_vectors)}
-    if index_type == "ivf":
-        return lists
-    parts = max(m for m in range(1, math.ceil(dim / _PQ_CHANNELS) + 1) if dim % m == 0)
-    return lists | {"m": parts, "nbits": 8}
+    return {"nlist": num_lists(num_vectors)}
