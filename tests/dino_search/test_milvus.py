@@ -10,6 +10,8 @@ import pytest
 import dino_index.milvus_server
 import dino_index.milvus_store
 from commands_in_process import Command
+from dino_index.collections import CollectionInfo
+from dino_index.milvus_store import MilvusStore
 from live_servers import waits_until
 from milvus_server import Server
 from running_service import is_problem, running_service
@@ -64,6 +66,7 @@ def test_verify_finds_what_the_server_lacks_and_mends_it(dino_search: Command, f
     assert dino_search("verify").code == 0
 
 
+@pytest.mark.slow
 def test_the_service_outlasts_a_server_that_is_killed(
     filled: Path, milvus: Server, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,3 +86,33 @@ def test_the_service_outlasts_a_server_that_is_killed(
         assert service.http.get("/collections").status_code == 200
         milvus.start()
         assert waits_until(lambda: search().status_code == 200, 60)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_amid_indexing_loses_nothing(
+    dino_search: Command, photos: Path, tiny_model: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first batch, back while the run goes on: the run ends well, and both sides agree."""
+    monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", milvus.url)
+    monkeypatch.setattr("dino_index.recording._IMAGES_A_TRANSACTION", 8)
+    monkeypatch.setattr("dino_index.recording._MAX_TRANSACTION_GROWTH", 1)
+    write_pictures(photos, *(f"more/{number}.jpg" for number in range(60)), seed=100)
+    whole = MilvusStore.keep_up
+    calls = []
+
+    def keep_up(store: MilvusStore, collection: CollectionInfo) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            milvus.kill()
+        whole(store, collection)
+        if len(calls) == 4:
+            milvus.start()
+
+    monkeypatch.setattr(MilvusStore, "keep_up", keep_up)
+    ended = dino_search("index", photos, "--model", tiny_model, "--json")
+    assert ended.code == 0
+    assert len(calls) >= 5
+    picture = photos / "more" / "59.jpg"
+    assert dino_search("search", picture, "--json").json()["results"][0]["path"] == str(picture)
+    verified = dino_search("verify", "--json").json()
+    assert (verified["problems"], verified["images"]) == ([], ended.json()["images"])

@@ -376,3 +376,28 @@ def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> 
     with pytest.raises(VectorStoreError, match=r"expected milvus\+http://USER:PASSWORD@HOST:PORT\?db=NAME") as raised:
         MilvusAddress.parse(url)
     assert "sec" not in str(raised.value).replace("makes no sense", "")
+
+
+# --- index types
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index_type", ["flat", "hnsw", "ivf", "ivfpq"])
+def test_each_type_finds_nearly_all_of_the_nearest(server: Server, home: Path, index_type: str) -> None:
+    rng, dim = np.random.default_rng(0), 96
+    shelf = VectorShelf(home, dim, index_type)
+    # Near a surface of few dimensions, as embeddings are; enough of them for the server to build the index.
+    surface = rng.normal(size=(12_200, 24)) @ rng.normal(size=(24, dim))
+    vectors_ND = (surface + 0.5 * rng.normal(size=surface.shape)).astype(np.float16)
+    shelf.put(**{str(number): vector_D for number, vector_D in enumerate(vectors_ND[200:])})
+    shelf.compact()
+    facts = server.client().describe_index(name_of(shelf), "vector")
+    assert (facts["index_type"], facts["pending_index_rows"]) == (dino_index.milvus_search.INDEX_TYPES[index_type], 0)
+    index = shelf.index()
+    ids = np.array(list(shelf.vectors))
+    units_ND = np.stack([unit(vector_D.astype(np.float64)) for vector_D in shelf.vectors.values()])
+    hits = 0
+    for query_D in vectors_ND[:200].astype(np.float64):
+        exact = ids[np.argsort(-(units_ND @ query_D))[:10]]
+        hits += len(np.intersect1d(exact, shelf.search(query_D, 10, None, index)[0]))
+    assert hits / 2000 >= 0.98
