@@ -33,12 +33,11 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of what takes seconds in Milvus, the quick tests run one seed, beside SQLite."""
+    """Of what takes seconds in Milvus, the quick tests run one kind and seed, beside SQLite."""
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("vector_store") == "milvus" and (
-            parameters.get("database") == "postgresql" or parameters.get("seed", 0) > 0
-        ):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        is_further = given.get("database") == "postgresql" or given.get("seed", 0) > 0 or given.get("kind") == "coarse"
+        if given.get("vector_store") == "milvus" and is_further:
             item.add_marker("slow")
 
 

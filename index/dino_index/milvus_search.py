@@ -185,8 +185,8 @@ class MilvusIndex:
 
     def _search(self, queries_QD: NDArray[np.float32], k: int, expression: str = "") -> list[Rows]:
         """By the server's index; queries whose last results may tie with more are searched again with more results."""
-        is_lossy = self._served.index_type == "ivfpq"
-        num_fetched = min(max(20 * k, 200) if is_lossy else k + _SPARE_FOR_TIES, MAX_FETCHED)
+        is_lossy = INDEX_TYPES[self._served.index_type] == "IVF_SQ8"
+        num_fetched = min(max(4 * k, 64) if is_lossy else k + _SPARE_FOR_TIES, MAX_FETCHED)
         results = [Rows.of([], self._dim)] * len(queries_QD)
         pending = list(range(len(queries_QD)))
         while pending:

@@ -294,7 +294,7 @@ class MilvusStore:
             for _, ids, generations, raw_ND in stored_parts(session, collection):
                 upsert_vectors(self._server, name, ids, generations, raw_ND, patience_s=PATIENTLY_S)
                 self._say_alive(name)
-        if num_vectors >= _MIN_SEALED:
+        if num_vectors >= _MIN_SEALED and index_type != FLAT:
             seal_vectors(self._server, name, lambda: self._say_alive(name))
         return generation
 

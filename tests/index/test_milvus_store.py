@@ -118,6 +118,7 @@ def test_an_image_that_left_and_came_back_is_there(shelf: VectorShelf) -> None:
     assert problem(shelf) is None
 
 
+@pytest.mark.slow
 def test_a_fill_that_was_killed_is_dropped_after_a_while(shelf: VectorShelf, server: Server) -> None:
     assert_right(shelf)
     with shelf.catalog.writing() as session:
@@ -135,6 +136,7 @@ def test_a_fill_that_was_killed_is_dropped_after_a_while(shelf: VectorShelf, ser
     assert sorted(server.client().list_collections()) == [name_of(shelf)]
 
 
+@pytest.mark.slow
 def test_removals_are_remembered_until_the_server_knows(shelf: VectorShelf) -> None:
     assert_right(shelf)
     shelf.remove(*list(shelf.vectors)[:3])
@@ -170,8 +172,16 @@ def lose_all(shelf: VectorShelf, server: Server) -> None:
     ("damage", "words"),
     [
         (lose_some, "lacks 2 images of the catalog, has 0 that are not in it, and 0 with another vector"),
-        (have_more, "lacks 0 images of the catalog, has 1 that are not in it, and 0 with another vector"),
-        (have_another, "lacks 0 images of the catalog, has 0 that are not in it, and 1 with another vector"),
+        pytest.param(
+            have_more,
+            "lacks 0 images of the catalog, has 1 that are not in it, and 0 with another vector",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            have_another,
+            "lacks 0 images of the catalog, has 0 that are not in it, and 1 with another vector",
+            marks=pytest.mark.slow,
+        ),
         (lose_all, "has lost those of the collection"),
     ],
 )
@@ -224,6 +234,7 @@ def test_a_search_goes_on_while_the_collection_is_compacted(shelf: VectorShelf) 
     assert shelf.search(query, 5, None, index)[0] == shelf.brute_force(query, 5)[0]
 
 
+@pytest.mark.slow
 def test_no_search_is_wrong_while_others_write(shelf: VectorShelf) -> None:
     """Writers add images nearer and nearer to the query: each search finds what was acknowledged before it."""
     query = np.random.default_rng(5).normal(size=DIM)
