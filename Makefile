@@ -8,7 +8,7 @@ BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench services clean
 .NOTPARALLEL:
 
 demo: $(RUNTIME)
@@ -29,8 +29,13 @@ lint: $(DEV)
 bench: $(DEV)
 	@set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+# The Milvus server that tests start where it is there, in an environment of its own.
+services: | $(BIN)/python
+	@[ -x .milvus/bin/milvus-server ] || { $(PYTHON) -m venv .milvus && \
+	  .milvus/bin/python -m pip install --quiet --disable-pip-version-check --no-deps milvus==2.3.5 'setuptools<81'; }
+
 clean:
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .milvus build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find dino_search training index tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

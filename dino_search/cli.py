@@ -38,7 +38,7 @@ from dino_search.commands import (
     verdicts,
 )
 from dino_search.commands.output import complain
-from dino_search.home import DATABASE_VARIABLE, database_given
+from dino_search.home import DATABASE_VARIABLE, VECTOR_STORE_VARIABLE, variable_given
 
 # The hub's client, which comes with timm, must neither report usage nor look anything up by itself. `models get` runs
 # it in a process of its own.
@@ -81,9 +81,20 @@ def _global_options(
             show_default="an SQLite file in the home folder",
         ),
     ] = None,
+    vector_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=VECTOR_STORE_VARIABLE,
+            help="Milvus server that searches the vectors, milvus+http://USER:PASSWORD@HOST:PORT?db=NAME.",
+            show_default="index files in the home folder",
+        ),
+    ] = None,
 ) -> None:
     if database:
-        context.with_resource(database_given(database))
+        context.with_resource(variable_given(DATABASE_VARIABLE, database))
+    if vector_store:
+        context.with_resource(variable_given(VECTOR_STORE_VARIABLE, vector_store))
 
 
 for register in (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, CollectionRow, ImageRow, SnapshotRow, SourceRow
+from dino_index.catalog import Catalog, CollectionRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, model_of, source_paths
 from dino_index.errors import CatalogError, CollectionNotFound, ImageError, ModelNotNamed, SourceNotFound
@@ -21,7 +21,8 @@ from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_path
 from dino_index.model_files import ModelSpec, Pooling, resolve_model
 from dino_index.model_store import models_folder, resolve_default
 from dino_index.recording import remove_images
-from dino_search.home import default_database, default_home
+from dino_index.vector_stores import vector_store_of
+from dino_search.home import default_database, default_home, default_vector_store
 from dino_search.models import Models
 from dino_search.results import Classifications, SearchResults
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from dino_index.purging import PurgeReport
     from dino_index.reindexing import ReindexOptions, ReindexSummary
     from dino_index.relocation import Relocation
-    from dino_index.vector_index import VectorIndex
+    from dino_index.vector_stores import VectorSearch
     from dino_search.calibrating import Calibrated
     from dino_search.copies import CopiesOptions, CopyFinder
     from dino_search.copy_results import CopyMatch
@@ -60,6 +61,7 @@ class Collection:
         *,
         device: Device = "auto",
         database: str | None = None,
+        vector_store: str | None = None,
     ) -> None:
         self.home = home
         self.name = name
@@ -67,9 +69,10 @@ class Collection:
         self._is_model_named = model is not None
         self._device = device
         self._database = database
+        self._vector_store = vector_store
         self._catalog: Catalog | None = None
         self._backbone: Backbone | None = None
-        self._vectors: VectorIndex | None = None
+        self._vectors: VectorSearch | None = None
 
     @classmethod
     def open(
@@ -82,6 +85,7 @@ class Collection:
         input_size: int | None = None,
         device: Device = "auto",
         database: str | None = None,
+        vector_store: str | None = None,
         on_remark: Callable[[str], None] = lambda remark: None,
     ) -> Collection:
         """The collection of this name; it comes into being when something is indexed into it.
@@ -93,6 +97,8 @@ class Collection:
         input_size: side in pixels of the square that pictures are resized to; None for the model's own.
         database: URL of a PostgreSQL database that holds the catalog, `postgresql://user:password@host/database`;
         None for `DINO_SEARCH_DATABASE` or an SQLite file in the home.
+        vector_store: URL of a Milvus server that searches the vectors, `milvus+http://user:password@host:port?db=NAME`;
+        None for `DINO_SEARCH_VECTOR_STORE` or index files in the home.
         on_remark: told what was chosen or left out in a checkpoint.
         Raises ModelError.
         """
@@ -103,7 +109,8 @@ class Collection:
             spec = resolve_model(model, models=models_folder(place), on_remark=on_remark, **options)
         elif pooling is not None or input_size is not None:
             spec = resolve_default(Models(place, url).default(), place, **options)
-        opened = cls(place, name, spec, device=device, database=url)
+        store = vector_store or default_vector_store()
+        opened = cls(place, name, spec, device=device, database=url, vector_store=store)
         opened._is_model_named = model is not None
         return opened
 
@@ -264,7 +271,6 @@ class Collection:
         with catalog.reading() as session:
             collection = find_collection(session, self.name)
             counts = count_images(session, collection)
-            snapshot = session.get(SnapshotRow, collection.id)
             labels = session.scalars(select(ImageRow.label).where(ImageRow.collection_id == collection.id).distinct())
             return {
                 "collection": collection.name,
@@ -275,10 +281,8 @@ class Collection:
                 "dim": collection.dim,
                 "input_size": collection.model_config["input_size"],
                 "pooling": collection.model_config["pooling"],
-                "index_type": snapshot.index_type if snapshot else "flat",
-                "index_reason": snapshot.reason if snapshot else "few enough to compare all without an index file",
+                **vector_store_of(catalog).facts(session, collection),
                 "index_type_asked": session.get_one(CollectionRow, collection.id).index_type,
-                "images_in_snapshot": snapshot.num_vectors if snapshot else 0,
                 "labels": sum(label is not None for label in labels),
                 "sources": sorted(encode_path(path) for path in source_paths(session, collection).values()),
                 "home": encode_path(str(self.home)),
@@ -340,6 +344,7 @@ class Collection:
             collection = find_collection(session, self.name)
             chosen = self._ids_of(session, collection, targets)
             remove_images(session, collection, chosen)
+        vector_store_of(catalog).keep_up(collection)
         return len(chosen)
 
     def purge(self, targets: Iterable[StrPath | int] = ()) -> PurgeReport:
@@ -526,7 +531,6 @@ class Collection:
         import numpy as np
 
         from dino_index.filters import parse_filter
-        from dino_index.vector_index import VectorIndex
         from dino_search.neighbours import find_neighbours
 
         if k < 1:
@@ -541,7 +545,7 @@ class Collection:
             if collection.model_id != embedded_for.model_id:  # by a reindex that has just switched
                 return self._search(images, k, labelled=labelled, min_score=min_score, filters=filters)
             if self._vectors is None or not self._vectors.is_current(session, collection):
-                self._vectors = VectorIndex.load(catalog, session, collection)
+                self._vectors = vector_store_of(catalog).load(session, collection)
             names = [_name_of(image) for image in images]
             return find_neighbours(
                 session, collection, self._vectors, queries_QD, names,
@@ -579,13 +583,13 @@ class Collection:
 
     def _created_catalog(self) -> Catalog:
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=True, url=self._database)
+            self._catalog = Catalog.open(self.home, create=True, url=self._database, vectors_url=self._vector_store)
         assert self._catalog is not None
         return self._catalog
 
     def _existing_catalog(self) -> Catalog:
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home, url=self._database)
+            self._catalog = Catalog.open(self.home, url=self._database, vectors_url=self._vector_store)
         if self._catalog is None:
             raise CollectionNotFound(
                 f"nothing has been indexed yet under {self.home}; run: dino-search index FOLDER-WITH-PICTURES"

@@ -1,4 +1,4 @@
-"""The home folder, where snapshots lie, and the database, where the catalog is kept."""
+"""The home folder, where files lie, the database that keeps the catalog, and the server that searches vectors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 HOME_VARIABLE = "DINO_SEARCH_HOME"
 DATABASE_VARIABLE = "DINO_SEARCH_DATABASE"
+VECTOR_STORE_VARIABLE = "DINO_SEARCH_VECTOR_STORE"
 
 
 def default_home() -> Path:
@@ -25,15 +26,20 @@ def default_database() -> str | None:
     return os.environ.get(DATABASE_VARIABLE) or None
 
 
+def default_vector_store() -> str | None:
+    """`DINO_SEARCH_VECTOR_STORE`, the URL of a Milvus server; None for snapshots in the home folder."""
+    return os.environ.get(VECTOR_STORE_VARIABLE) or None
+
+
 @contextmanager
-def database_given(url: str) -> Iterator[None]:
-    """Until its end this is the default database, for processes that are started meanwhile, too."""
-    before = os.environ.get(DATABASE_VARIABLE)
-    os.environ[DATABASE_VARIABLE] = url
+def variable_given(name: str, value: str) -> Iterator[None]:
+    """Until its end the environment has this, for processes that are started meanwhile, too."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[DATABASE_VARIABLE]
+            del os.environ[name]
         else:
-            os.environ[DATABASE_VARIABLE] = before
+            os.environ[name] = before

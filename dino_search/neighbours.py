@@ -18,7 +18,7 @@ from dino_index.collections import CollectionInfo, join_path
 from dino_index.errors import CollectionEmpty, NoLabels
 from dino_index.filters import Filter, matching_ids
 from dino_index.knn import vote
-from dino_index.vector_index import VectorIndex
+from dino_index.vector_stores import VectorSearch
 from dino_search.results import Classification, Classifications, SearchResult, SearchResults
 
 # Built once, as a service runs it for each search.
@@ -32,7 +32,7 @@ _BY_ID = (
 def find_neighbours(
     session: Session,
     collection: CollectionInfo,
-    vectors: VectorIndex,
+    vectors: VectorSearch,
     queries_QD: NDArray[np.float32],
     names: Sequence[str],
     *,

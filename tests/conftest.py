@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 import databases
+import milvus_server
 from postgres_server import URL_VARIABLE, Catalogs, Server, find_server_binaries
 from sample_collections import save_tiny_model
 
@@ -29,6 +30,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what takes seconds in Milvus, the quick tests run one kind and seed, beside SQLite."""
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        is_further = given.get("database") == "postgresql" or given.get("seed", 0) > 0 or given.get("kind") == "coarse"
+        if given.get("vector_store") == "milvus" and is_further:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +65,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("DINO_SEARCH_HOME", str(folder))
     monkeypatch.delenv("DINO_SEARCH_DATABASE", raising=False)
+    monkeypatch.delenv("DINO_SEARCH_VECTOR_STORE", raising=False)
     return folder
 
 
@@ -88,6 +99,30 @@ def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.Mon
         catalogs: Catalogs = request.getfixturevalue("postgres")
         monkeypatch.setattr(databases, "url_of", catalogs.url_of)
         monkeypatch.setenv("DINO_SEARCH_DATABASE", catalogs.url_of(home))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def the_milvus_server() -> Iterator[milvus_server.Server]:
+    server = milvus_server.Server(milvus_server.find_server_program())
+    yield server
+    server.delete()
+
+
+@pytest.fixture
+def milvus(the_milvus_server: milvus_server.Server) -> Iterator[milvus_server.Server]:
+    """A Milvus server of these tests' own, empty, to be restarted; it runs at the begin and at the end of a test."""
+    yield the_milvus_server
+    the_milvus_server.empty()
+
+
+@pytest.fixture(params=["snapshots", pytest.param("milvus", marks=pytest.mark.milvus)])
+def vector_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: with vectors in snapshots, and in Milvus. A module asks for it by `usefixtures`."""
+    if request.param == "milvus":
+        server: milvus_server.Server = request.getfixturevalue("milvus")
+        monkeypatch.setattr(databases, "vectors_url", server.url)
+        monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", server.url)
     return str(request.param)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dino_index.catalog import Catalog
 
+vectors_url: str | None = None
+"""The server that vectors are searched by; None for snapshots. Replaced by the fixture `vector_store`."""
 opened: list[Catalog] = []
 """Closed at the end of the test."""
 
@@ -17,7 +19,7 @@ def url_of(home: Path) -> str | None:
 
 def open_catalog(home: Path, *, create: bool = False) -> Catalog:
     """The catalog of a home, which exists or is to be made."""
-    catalog = Catalog.open(home, create=create, url=url_of(home))
+    catalog = Catalog.open(home, create=create, url=url_of(home), vectors_url=vectors_url)
     assert catalog is not None
     opened.append(catalog)
     return catalog

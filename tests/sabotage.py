@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 def write_snapshots_early() -> None:
     """Every indexing run ends with writing a snapshot, not only one of thousands of images."""
-    import dino_index.indexing
+    import dino_index.snapshot_store
 
-    dino_index.indexing._MIN_DELTA_TO_COMPACT = 1
+    dino_index.snapshot_store._MIN_DELTA_TO_COMPACT = 1
 
 
 def wait_for(path: Path) -> None:

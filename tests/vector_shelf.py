@@ -18,7 +18,7 @@ from dino_index.image_files import ListedFile
 from dino_index.model_files import ModelSpec
 from dino_index.recording import BatchRecorder, Sources, remove_images
 from dino_index.snapshots import write_snapshot
-from dino_index.vector_index import VectorIndex
+from dino_index.vector_stores import VectorSearch, vector_store_of
 
 Found = tuple[list[int], list[float]]
 
@@ -67,7 +67,10 @@ class VectorShelf:
             del self.vectors[image_id]
 
     def compact(self, *, append: bool = False) -> None:
-        write_snapshot(self.catalog, self.collection, append=append)
+        if append:
+            write_snapshot(self.catalog, self.collection, append=True)
+        else:
+            vector_store_of(self.catalog).compact(self.collection)
 
     def asked_type(self) -> str:
         with self.catalog.reading() as session:
@@ -76,12 +79,12 @@ class VectorShelf:
     def snapshots(self) -> list[Path]:
         return sorted((self.home / "snapshots").rglob("*.faiss"), key=lambda path: int(path.name.split("-")[1]))
 
-    def index(self) -> VectorIndex:
+    def index(self) -> VectorSearch:
         with self.catalog.reading() as session:
-            return VectorIndex.load(self.catalog, session, find_collection(session, "default"))
+            return vector_store_of(self.catalog).load(session, find_collection(session, "default"))
 
     def search(
-        self, query_D: NDArray[Any], k: int, allowed: NDArray[np.int64] | None = None, index: VectorIndex | None = None
+        self, query_D: NDArray[Any], k: int, allowed: NDArray[np.int64] | None = None, index: VectorSearch | None = None
     ) -> Found:
         ((ids, scores),) = (index or self.index()).search(unit(query_D)[None], k, allowed_ids=allowed)
         return ids.tolist(), scores.tolist()

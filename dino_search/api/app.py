@@ -87,6 +87,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             stop_s=max(1.0, settings.drain_s / 2),
             log_level=settings.log_level,
             log_format=settings.log_format,
+            vector_store=settings.vector_store,
         ),
     )
     runner = JobRunner(app.state.jobs)

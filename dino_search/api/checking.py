@@ -11,6 +11,7 @@ from dino_index.catalog import Catalog
 from dino_index.collections import find_collection, model_of
 from dino_index.errors import CollectionNotFound
 from dino_index.model_store import models_folder
+from dino_index.vector_stores import vector_store_of
 from dino_search.api.cataloguing import summaries
 from dino_search.api.settings import ServiceSettings
 
@@ -20,7 +21,7 @@ _KEYS = "api_key"
 def check_service(settings: ServiceSettings) -> Iterator[tuple[str, str]]:
     """(name, fact) of all that was tried, in the order in which it was.
 
-    Raises SettingsInvalid, CatalogErrors, ModelError: what the service would fail with.
+    Raises SettingsInvalid, CatalogErrors, VectorStoreErrors, ModelError: what the service would fail with.
     """
     from dino_search.api.serving import require_safe_address
 
@@ -28,12 +29,14 @@ def check_service(settings: ServiceSettings) -> Iterator[tuple[str, str]]:
     require_safe_address(settings)
     keys = "needed" if settings.keys == "required" or (settings.keys == "auto" and has_keys(settings)) else "not needed"
     yield "keys", f"{settings.keys}: {keys}"
-    catalog = Catalog.open(settings.home, url=settings.database)
+    catalog = Catalog.open(settings.home, url=settings.database, vectors_url=settings.vector_store)
     if catalog is None:
         yield "catalog", f"none yet under {settings.home}; run: dino-search index FOLDER-WITH-PICTURES"
         return
     with closing(catalog):
         yield "catalog", catalog.store.place
+        vector_store_of(catalog).connect()
+        yield "vectors", vector_store_of(catalog).place
         with catalog.reading() as session:
             found = summaries(session)
         for each in found:

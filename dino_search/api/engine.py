@@ -47,7 +47,7 @@ from dino_index.images import decode
 from dino_index.model_files import ModelSpec
 from dino_index.model_store import models_folder
 from dino_index.snapshots import normalise, stored_vector
-from dino_index.vector_index import VectorIndex
+from dino_index.vector_stores import VectorSearch, vector_store_of
 from dino_search.api.batching import Admission, ForwardPasses
 from dino_search.api.metrics import Metrics
 from dino_search.api.pictures import Picture
@@ -91,15 +91,15 @@ class _Shelf:
         self.thread = ThreadPoolExecutor(1, f"search-{name[:32]}")
         self._name = name
         self._metrics = metrics
-        self._vectors: VectorIndex | None = None
+        self._vectors: VectorSearch | None = None
         self._of: tuple[int, int, int, datetime] | None = None
         self._catalog: Catalog | None = None
 
-    def current(self, catalog: Catalog, session: Session, collection: CollectionInfo) -> VectorIndex:
+    def current(self, catalog: Catalog, session: Session, collection: CollectionInfo) -> VectorSearch:
         """The vectors as the session sees the collection; loaded where they have changed. In the shelf's thread."""
         of = id(catalog), collection.id, collection.model_id, collection.created_at
         if self._vectors is None or self._of != of or not self._vectors.is_current(session, collection):
-            self._vectors = VectorIndex.load(catalog, session, collection)
+            self._vectors = vector_store_of(catalog).load(session, collection)
             # Held, so that the id of a catalog that was closed is not that of another one.
             self._of, self._catalog = of, catalog
             self._metrics.index_images.labels(self._name).set(len(self._vectors))
@@ -170,7 +170,7 @@ class Engine:
             if self._catalog is not None:
                 self._catalog.close()
                 self._catalog = None
-            opened = Catalog.open(self.settings.home, url=self.settings.database)
+            opened = self._open()
             if opened is None and self._had_catalog:
                 raise CatalogUnavailable(
                     f"the catalog in {self.settings.home} is gone; put it back, the service then goes on by itself"
@@ -188,9 +188,13 @@ class Engine:
         try:
             self.catalog()
         except CollectionNotFound:
-            created = Catalog.open(self.settings.home, create=True, url=self.settings.database)
+            created = self._open(create=True)
             assert created is not None
             created.close()
+
+    def _open(self, *, create: bool = False) -> Catalog | None:
+        settings = self.settings
+        return Catalog.open(settings.home, create=create, url=settings.database, vectors_url=settings.vector_store)
 
     @staticmethod
     def _file_of(catalog: Catalog) -> tuple[int, int] | None:
@@ -332,7 +336,7 @@ class Engine:
                 def find(
                     session: Session,
                     present: CollectionInfo,
-                    vectors: VectorIndex,
+                    vectors: VectorSearch,
                     names: Sequence[str] = names,
                     queries_QD: NDArray[np.float32] = queries_QD,
                 ) -> list[SearchResults]:
@@ -348,7 +352,7 @@ class Engine:
         raise NotReady(f"collection {name!r} is being given another model; try again")
 
     async def _with_vectors(
-        self, info: CollectionInfo, find: Callable[[Session, CollectionInfo, VectorIndex], T]
+        self, info: CollectionInfo, find: Callable[[Session, CollectionInfo, VectorSearch], T]
     ) -> T | None:
         """What `find` makes of a collection's vectors, in their thread; None if its model is another one by now."""
         shelf = self._shelf(info.name)

@@ -43,6 +43,7 @@ class JobTask:
     kind: Literal["index", "copies", "duplicates"]
     home: str
     database: str | None
+    vector_store: str | None = None
     collection: str
     options: dict[str, Any]
     """The request's other fields."""
@@ -97,7 +98,11 @@ class _Job:
         for folder in task.inputs:
             refuse_links_out(folder, task.allowed_folders)
         opened = Collection.open(
-            task.collection, home=task.home, database=task.database, device=cast("Device", task.device)
+            task.collection,
+            home=task.home,
+            database=task.database,
+            vector_store=task.vector_store,
+            device=cast("Device", task.device),
         )
         with opened:
             return {"index": self._index, "copies": self._copies, "duplicates": self._duplicates}[task.kind](opened)

@@ -166,7 +166,7 @@ class JobRunner:
             collection=job.collection, options=job.request, inputs=inputs, allowed_folders=allowed,
             report=str(report_folder(home, job.request["report"])), device=options.device,
             max_pixels=options.max_pixels, max_bytes=options.max_bytes, log_level=options.log_level,
-            log_format=options.log_format,
+            log_format=options.log_format, vector_store=options.vector_store,
         )  # fmt: skip
         self._running[job.id] = _Process(task, on_end=self._wake.set)
         logger.info("job %d (%s of %s) begins", job.id, job.kind, job.collection)

@@ -67,6 +67,7 @@ class JobOptions:
     poll_s: float = 1.0
     log_level: str = "info"
     log_format: LogFormat = "text"
+    vector_store: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "attention_unavailable": 409, "model_not_named": 409,
     "catalog": 503, "catalog_unavailable": 503, "catalog_damaged": 503, "database_away": 503, "catalog_too_new": 503,
     "catalog_not_empty": 409, "backup_unusable": 422, "storage_full": 503,
+    "vector_store": 503, "vector_store_unavailable": 503,
     "collection": 422, "collection_not_found": 404, "verdict_not_found": 404, "collection_empty": 409,
     "collection_exists": 409, "reindex_refused": 409, "no_labels": 409, "image_not_found": 404,
     "index_type_invalid": 422, "too_little_memory": 503,

@@ -41,6 +41,8 @@ class ServiceSettings(BaseSettings):
     """Folder of catalog, indexes and models."""
     database: str | None = None
     """URL of a PostgreSQL database that holds the catalog; none: an SQLite file in the home."""
+    vector_store: str | None = None
+    """URL of a Milvus server that searches the vectors; none: index files in the home."""
     collection: str = "default"
     """The collection that requests mean which name none."""
     host: str = "127.0.0.1"
@@ -163,5 +165,5 @@ def _in_words(problem: Any) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"{name} is no setting"
-    found = "" if name == "database" else f", found {problem['input']!r}"
+    found = "" if name in ("database", "vector_store") else f", found {problem['input']!r}"
     return f"{name} ({PREFIX}{name.upper()}): {problem['msg']}{found}"

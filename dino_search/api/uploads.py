@@ -23,9 +23,8 @@ from dino_index.errors import DinoSearchError, ImageError, ImageNotFound
 from dino_index.image_files import ListedFile
 from dino_index.image_formats import HEAD_BYTES, image_format
 from dino_index.images import DecodedImage, decode
-from dino_index.indexing import is_worth_a_snapshot
 from dino_index.recording import BatchRecorder, Sources, remove_images
-from dino_index.snapshots import write_snapshot
+from dino_index.vector_stores import vector_store_of
 from dino_search.api.batching import Vectors
 from dino_search.api.engine import Engine, image_file, in_thread
 
@@ -91,7 +90,7 @@ class Uploads:
             else Uploaded(file=name, status="failed", reason=_reason(each))
             for (name, _), each in zip(files, received, strict=True)
         ]
-        self._maintenance.submit(self._write_snapshot_if_worthwhile, info)
+        self._maintenance.submit(self._settle, info)
         return info, uploaded
 
     async def remove(self, image_id: int, collection: str) -> None:
@@ -212,13 +211,12 @@ class Uploads:
         for path in uploaded - self._engine.read(still_needed):
             Path(path).unlink(missing_ok=True)
 
-    def _write_snapshot_if_worthwhile(self, info: CollectionInfo) -> None:
+    def _settle(self, info: CollectionInfo) -> None:
         try:
-            if self._engine.read(lambda session: is_worth_a_snapshot(session, info)):
-                write_snapshot(self._engine.catalog(), info, append=True)
+            vector_store_of(self._engine.catalog()).settle(info)
         except DinoSearchError as error:
-            # Searches go on with the one before and what came since.
-            logger.warning("no new index file for collection %r: %s", info.name, error)
+            # Searches go on with what was stored before and what came since.
+            logger.warning("the vectors of collection %r are not stored anew: %s", info.name, error)
 
 
 def _ids_by_path(session: Session, sources: Sources, paths: Sequence[str]) -> dict[str, int]:

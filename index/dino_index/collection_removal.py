@@ -19,7 +19,8 @@ from dino_index.catalog import (
 )
 from dino_index.collections import find_collection, set_pending_model
 from dino_index.integrity import drop_unneeded_embeddings
-from dino_index.snapshots import snapshot_folder
+from dino_index.snapshots import drop_stored, snapshot_folder
+from dino_index.vector_stores import server_store_of
 
 
 def remove_collection(catalog: Catalog, name: str) -> None:
@@ -33,6 +34,9 @@ def remove_collection(catalog: Catalog, name: str) -> None:
         set_pending_model(session, collection, None)
         for table in (ReportRow, WhiteningRow, CalibrationRow, RemovalRow, SnapshotRow, ImageRow, SourceRow):
             session.execute(delete(table).where(table.collection_id == collection.id))
+        drop_stored(session, collection)
         session.execute(delete(CollectionRow).where(CollectionRow.id == collection.id))
     shutil.rmtree(snapshot_folder(catalog, collection), ignore_errors=True)
+    if (server := server_store_of(catalog)) is not None:
+        server.forget(collection)
     drop_unneeded_embeddings(catalog, collection.model_id)

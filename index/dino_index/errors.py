@@ -20,6 +20,8 @@ DinoSearchError
 │   ├── CatalogNotEmpty     a catalog that would be replaced without --force
 │   ├── BackupUnusable      a file that is no whole backup of a catalog
 │   └── StorageFull         no space left on the device; the earlier state is intact
+├── VectorStoreError        a vector server's URL that makes no sense, or a server that refuses what it is asked
+│   └── VectorStoreUnavailable  a vector server that does not answer
 ├── CollectionError
 │   ├── CollectionNotFound  nothing has been indexed under this name
 │   ├── CollectionExists    a collection that would be made, and is there
@@ -211,6 +213,16 @@ class BackupUnusable(CatalogError):
 
 class StorageFull(CatalogError):
     code = "storage_full"
+
+
+class VectorStoreError(DinoSearchError):
+    """Vectors that cannot be searched or written where they are to be."""
+
+    code = "vector_store"
+
+
+class VectorStoreUnavailable(VectorStoreError):
+    code = "vector_store_unavailable"
 
 
 class CollectionError(DinoSearchError):

@@ -59,12 +59,10 @@ from dino_index.exchange import (
 )
 from dino_index.model_files import ModelSpec
 from dino_index.recording import Sources
-from dino_index.snapshots import write_snapshot
+from dino_index.vector_stores import vector_store_of
 
 _FAILED_ROWS_A_TRANSACTION = 10_000
 # Fewer new vectors than that are searched from the catalog, as after `index`.
-_MIN_TO_COMPACT = 1000
-_MIN_FRAC_TO_COMPACT = 0.1
 # Everything about an image that an import may bring or change, id and generation aside.
 _COMPARED = (
     "sha256", "size", "mtime_ns", "width", "height", "label", "facts", "status", "error_code", "error_message",
@@ -166,8 +164,7 @@ class _Import:
             session.delete(session.get_one(SettingRow, _marker(collection)))
         with self._catalog.reading() as session:
             num_images = count_images(session, collection)["ok"]
-        if self._counts["added"] + self._counts["updated"] >= max(_MIN_TO_COMPACT, _MIN_FRAC_TO_COMPACT * num_images):
-            write_snapshot(self._catalog, collection)
+        vector_store_of(self._catalog).settle(collection)
         return ImportSummary(
             collection=self._name, images=num_images, failed=self._description.failed,
             ids="kept" if keep_ids else "new", **self._counts,

@@ -14,16 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, literal, select, update
+from sqlalchemy import literal, select, update
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, ModelRow, SnapshotRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, ModelRow
 from dino_index.collections import (
     CollectionInfo,
     count_images,
     create_collection,
     find_collection,
-    generation_of,
     join_path,
     model_of,
     require_same_model,
@@ -33,13 +32,13 @@ from dino_index.embedding import EmbeddedFile, EmbeddingSettings, FailedFile, em
 from dino_index.errors import CollectionNotFound, ImageError, ModelNotNamed, NoImagesFound, PruneRefused
 from dino_index.image_files import ListedFile, Listing, ListingFailure, check_patterns
 from dino_index.image_paths import absolute_path, ancestors, is_below, is_gone, is_shard_name, parent_of, split_member
-from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
 from dino_index.labels import FROM_FOLDERS, labels_from_csv, labels_from_folders
 from dino_index.model_files import ModelSpec
 from dino_index.model_store import models_folder
 from dino_index.recording import BatchRecorder, Sources, record_outcomes, remove_images
 from dino_index.shares import Share
 from dino_index.source_listing import by_image, list_sources, shard_files, sidecar_values
+from dino_index.vector_stores import vector_store_of
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
@@ -51,9 +50,6 @@ _MAX_PRUNED_FRAC = 0.2
 # Single files become images of a source for each folder, or of one that holds many of the folders.
 _MAX_SOURCES_A_RUN = 16
 _CHECKS_AT_ONCE = 16
-# Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
-_MIN_DELTA_TO_COMPACT = 1000
-_MAX_DELTA_FRAC = 0.1
 _ROWS_PER_FETCH = 8192
 # An index of fewer fits anywhere.
 _MIN_IMAGES_TO_WEIGH = 10_000
@@ -184,6 +180,7 @@ def index_paths(
     given = [absolute_path(path) for path in paths]
     missing = _missing_roots(catalog, collection_name, given) if options.prune and options.prune_any else set()
     listing = list_sources([path for path in given if path not in missing], exclude=options.exclude)
+    vector_store_of(catalog).connect()
     run = _Run(catalog, given, missing, listing, options, device)
     run.open_collection(collection_name, model, default_model)
     run.plan()
@@ -213,6 +210,7 @@ class _Run:
         device: Device,
     ) -> None:
         self._catalog = catalog
+        self._vectors = vector_store_of(catalog)
         self._given = given
         self._missing = missing
         self._listing = listing
@@ -377,18 +375,14 @@ class _Run:
         self._remove(gone)
 
     def compact_if_worthwhile(self) -> None:
-        """Writes a snapshot when so much has changed since the last one that starting a search would be slow.
+        """Stores vectors when so much has changed since the last time that starting a search would be slow.
 
         Also when another type of index is wanted than there is. Of several processes with a share of the files each,
         the one that finds the others' files recorded, too, writes it: the last, or the last few.
         """
         if self._options.share is not None and not self._is_whole():
             return
-        enough = self._catalog.read(lambda session: is_worth_a_snapshot(session, self._collection))
-        if enough or self._catalog.read(self._wants_another_type):
-            from dino_index.snapshots import write_snapshot
-
-            self._catalog.outlast(lambda: write_snapshot(self._catalog, self._collection, append=True))
+        self._vectors.settle(self._collection, retype=True)
 
     def _is_whole(self) -> bool:
         """Whether all listed files, those of other shares too, are in the catalog as they were listed."""
@@ -396,22 +390,9 @@ class _Run:
         known = self._catalog.read(self._known_images)
         return all((image := known.get(file.path)) is not None and image.is_of(file) for file in self._files)
 
-    def _wants_another_type(self, session: Session) -> bool:
-        """Whether the type that was asked for is not there and can be: few vectors may train nothing but `flat`."""
-        snapshot = session.get(SnapshotRow, self._collection.id)
-        built = snapshot.index_type if snapshot else AUTO
-        if self._asked_index_type(session) in (AUTO, built):
-            return False
-        from dino_index.snapshots import count_vectors, next_choice
-
-        num_vectors = count_vectors(session, self._collection)
-        return num_vectors > 0 and next_choice(session, self._collection, num_vectors).name != built
-
     def _check_index_type(self, dim: int) -> None:
-        if self._options.index_type not in (None, *NAMED_INDEX_TYPES):
-            from dino_index.index_types import check_index_type
-
-            check_index_type(self._options.index_type or AUTO, dim)
+        if self._options.index_type is not None:
+            self._vectors.check_type(self._options.index_type, dim)
 
     def _remember_index_type(self) -> None:
         """Stores the type that was asked for, if it is another than before."""
@@ -432,9 +413,7 @@ class _Run:
         def weigh(session: Session) -> None:
             num_images = count_images(session, self._collection)["ok"] + len(self._to_read) + self._num_new_elsewhere
             if num_images >= _MIN_IMAGES_TO_WEIGH:
-                from dino_index.snapshots import next_choice
-
-                next_choice(session, self._collection, num_images)
+                self._vectors.weigh(session, self._collection, num_images)
 
         self._catalog.read(weigh)
 
@@ -563,6 +542,7 @@ class _Run:
             return recorder.record(batch, self._labels, self._facts), recorder.moved_ids
 
         counts, moved_ids = self._catalog.write(record)
+        self._vectors.keep_up(self._collection)
         for name, count in counts.items():
             setattr(self.summary, name, getattr(self.summary, name) + count)
         self._embedded_digests.update(item.facts.sha256 for item in batch if isinstance(item, EmbeddedFile))
@@ -601,17 +581,6 @@ class _Run:
         ignored = sum(self._listing.ignored.values())
         found = f"found {ignored} other files ({', '.join(sorted(self._listing.ignored))})" if ignored else "found none"
         return f"expected images under {where}, {found}; run: dino-search index FOLDER-WITH-PICTURES"
-
-
-def is_worth_a_snapshot(session: Session, collection: CollectionInfo) -> bool:
-    """Whether so much has changed since the snapshot that starting a search would be slow."""
-    snapshot = session.get(SnapshotRow, collection.id)
-    num_before, since = (snapshot.num_vectors, snapshot.generation) if snapshot else (0, -1)
-    if since == generation_of(session, collection):
-        return False
-    changed = ImageRow.collection_id == collection.id, ImageRow.generation > since
-    delta = session.scalars(select(func.count()).where(*changed)).one()
-    return delta >= max(_MIN_DELTA_TO_COMPACT, _MAX_DELTA_FRAC * num_before)
 
 
 def _missing_roots(catalog: Catalog, collection_name: str, given: Sequence[str]) -> set[str]:

@@ -13,27 +13,19 @@ import numpy as np
 from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, SourceRow
+from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
 from dino_index.catalog.portable_paths import decode_path
 from dino_index.collections import (
     CollectionInfo,
     advance_generation,
     check_model,
-    generation_of,
     hold_model,
     join_path,
     pending_models,
 )
 from dino_index.image_paths import is_gone
 from dino_index.recording import forget_vector
-from dino_index.snapshots import (
-    Snapshot,
-    SnapshotDamaged,
-    read_snapshot,
-    snapshot_ids,
-    snapshot_is_intact,
-    write_snapshot,
-)
+from dino_index.vector_stores import vector_store_of
 
 _ROWS_PER_FETCH = 8192
 _UNSYNCHRONISED = {"synchronize_session": False}
@@ -54,7 +46,7 @@ def verify_collection(
     *,
     reindex: Callable[[Sequence[str]], object] | None = None,
 ) -> IntegrityReport:
-    """Compares database, embeddings and snapshot with each other.
+    """Compares database, embeddings and stored vectors with each other.
 
     reindex: given to repair; reads files anew, by absolute path, after their faulty embeddings were deleted.
     Raises CatalogErrors.
@@ -76,10 +68,11 @@ def verify_collection(
                 report.problems.append(f"{path}: its embedding was damaged and its file {fate}")
     else:
         report.problems += [f"{path}: its embedding is missing or damaged" for path in faulty.values()]
-    problem = _snapshot_problem(catalog, collection)
+    vectors = vector_store_of(catalog)
+    problem = vectors.problem(collection)
     if problem and reindex:
-        write_snapshot(catalog, collection)
-        remaining = _snapshot_problem(catalog, collection)
+        vectors.compact(collection)
+        remaining = vectors.problem(collection)
         (report.problems if remaining else report.repaired).append(problem)
     elif problem:
         report.problems.append(problem)
@@ -87,8 +80,8 @@ def verify_collection(
 
 
 def compact_collection(catalog: Catalog, collection: CollectionInfo) -> None:
-    """Writes a fresh snapshot, drops embeddings that no collection needs, and gives free pages back."""
-    write_snapshot(catalog, collection)
+    """Stores the vectors anew, drops embeddings that no collection needs, and gives free pages back."""
+    vector_store_of(catalog).compact(collection)
     with catalog.writing() as session:
         session.execute(delete(EmbeddingRow).where(_unneeded(session)), execution_options=_UNSYNCHRONISED)
     catalog.reclaim_space()
@@ -198,37 +191,3 @@ def _give_up_on_lost_files(catalog: Catalog, collection: CollectionInfo, faulty:
 def _is_lost(path: str) -> bool:
     """Whether an image's file is known not to be there."""
     return is_gone(path) or (os.path.islink(path) and not os.path.exists(path))
-
-
-def _snapshot_problem(catalog: Catalog, collection: CollectionInfo) -> str | None:
-    """What is wrong with the snapshot, in a line; None where it agrees with the catalog or there is none."""
-    with catalog.reading() as session:
-        row = session.get(SnapshotRow, collection.id)
-        if row is None:
-            return None
-        try:
-            snapshot = read_snapshot(catalog, collection, row)
-        except SnapshotDamaged as error:
-            return f"snapshot: {error}"
-        if not snapshot_is_intact(catalog, collection, row):
-            return f"snapshot: the bytes of {row.file_name} are not those that were written"
-        if row.generation > generation_of(session, collection):
-            return f"snapshot: {row.file_name} is newer than the catalog"
-        return _difference(session, collection, row, snapshot)
-
-
-def _difference(session: Session, collection: CollectionInfo, row: SnapshotRow, snapshot: Snapshot) -> str | None:
-    """Whether the snapshot holds exactly the images that it should, later changes aside."""
-    ours = ImageRow.collection_id == collection.id
-    settled = select(ImageRow.id).where(ours, ImageRow.status == "ok", ImageRow.generation <= row.generation)
-    changed = select(ImageRow.id).where(ours, ImageRow.generation > row.generation)
-    removed = select(RemovalRow.image_id).where(
-        RemovalRow.collection_id == collection.id, RemovalRow.generation > row.generation
-    )
-    later = set(session.scalars(changed)) | set(session.scalars(removed))
-    in_snapshot = set(snapshot_ids(snapshot).tolist()) - later
-    in_catalog = set(session.scalars(settled)) - later
-    if in_snapshot == in_catalog:
-        return None
-    missing, surplus = len(in_catalog - in_snapshot), len(in_snapshot - in_catalog)
-    return f"snapshot: {row.file_name} lacks {missing} images of the catalog and has {surplus} that are not in it"

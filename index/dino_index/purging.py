@@ -38,6 +38,7 @@ from dino_index.copy_settings import drop_whitenings
 from dino_index.image_paths import is_below
 from dino_index.recording import remove_images
 from dino_index.snapshots import snapshot_folder, write_snapshot
+from dino_index.vector_stores import server_store_of
 from dino_index.verdicts import drop_verdicts
 
 EXPORT_KIND = "export"
@@ -93,6 +94,8 @@ def purge_images(catalog: Catalog, collection: CollectionInfo, image_ids: Sequen
     report.uploads = _delete_uploads(catalog, image_ids, paths)
     _remove_rows(catalog, collection, image_ids, paths, report)
     report.snapshots = _rewrite_snapshots(catalog)
+    if (server := server_store_of(catalog)) is not None:
+        report.snapshots += server.purge()
     shutil.rmtree(catalog.home / EVALUATION_FOLDER, ignore_errors=True)
     catalog.reclaim_space()
     _check_log(catalog, report)
@@ -245,8 +248,8 @@ def _holds_removed_vectors(session: Session, collection: CollectionInfo) -> bool
     row = session.get(SnapshotRow, collection.id)
     if row is None:
         return False
-    ours = RemovalRow.collection_id == collection.id
-    if session.scalar(select(RemovalRow.image_id).where(ours).limit(1)) is not None:
+    later = RemovalRow.collection_id == collection.id, RemovalRow.generation > row.generation
+    if session.scalar(select(RemovalRow.image_id).where(*later).limit(1)) is not None:
         return True
     # An image whose content changed since has no removal row: its new vector masks the old one.
     newer = ImageRow.collection_id == collection.id, ImageRow.generation > row.generation

@@ -45,7 +45,8 @@ from dino_index.indexing import Progress
 from dino_index.integrity import drop_unneeded_embeddings
 from dino_index.model_files import ModelSpec
 from dino_index.recording import enter_content, enter_failure, record_outcomes, store_vectors
-from dino_index.snapshots import write_snapshot
+from dino_index.snapshots import drop_stored
+from dino_index.vector_stores import vector_store_of
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone, Device
@@ -166,7 +167,7 @@ class _Reindexing:
             collection = find_collection(session, self._collection.name)
             self.summary.images = count_images(session, collection)["ok"]
         if self.summary.switched:
-            write_snapshot(self._catalog, collection)
+            vector_store_of(self._catalog).compact(collection)
             drop_unneeded_embeddings(self._catalog, self._collection.model_id)
         return self.summary
 
@@ -275,6 +276,7 @@ class _Reindexing:
             # All vectors are new ones: nothing of the old snapshot counts, and no removal has to be masked.
             session.execute(delete(RemovalRow).where(RemovalRow.collection_id == self._collection.id))
             session.execute(delete(SnapshotRow).where(SnapshotRow.collection_id == self._collection.id))
+            drop_stored(session, self._collection)
             set_pending_model(session, self._collection, None)
         self.summary.switched = True
         self.summary.failed = len(failed)

@@ -26,11 +26,21 @@ import faiss
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from sqlalchemy import bindparam, delete, func, select
+from sqlalchemy import bindparam, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from dino_index.approximate_search import ApproximateSearch
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, RemovalRow, SnapshotRow, storage_errors
+from dino_index.catalog import (
+    Catalog,
+    CollectionRow,
+    EmbeddingRow,
+    ImageRow,
+    RemovalRow,
+    SnapshotRow,
+    StoredVectorsRow,
+    storage_errors,
+)
+from dino_index.catalog.schema import DROPPED
 from dino_index.collections import CollectionInfo, check_model, generation_of, hold_model, option_for
 from dino_index.errors import CatalogUnavailable
 from dino_index.exact_search import ExactSearch
@@ -120,15 +130,17 @@ def load_vectors(session: Session, collection: CollectionInfo, *, after_generati
     # Filled in place: at no time are there two copies of all vectors.
     ids_N = np.empty(num_images, np.int64)
     vectors_ND = np.empty((num_images, collection.dim), np.float32)
-    for begin, ids, raw in _stored_parts(session, collection, after_generation):
+    for begin, ids, _, raw in stored_parts(session, collection, after_generation):
         ids_N[begin : begin + len(ids)] = ids
         vectors_ND[begin : begin + len(ids)] = normalise(raw)
     return Vectors(ids_N, vectors_ND)
 
 
-def count_vectors(session: Session, collection: CollectionInfo, *, after_generation: int = -1) -> int:
-    """How many readable images got their vector after a generation."""
-    changed = _changed(collection, after_generation).subquery()
+def count_vectors(
+    session: Session, collection: CollectionInfo, *, after_generation: int = -1, up_to_generation: int | None = None
+) -> int:
+    """How many readable images got their vector after a generation, and not after another."""
+    changed = _changed(collection, after_generation, up_to_generation).subquery()
     return session.scalars(select(func.count()).select_from(changed)).one()
 
 
@@ -264,8 +276,7 @@ def _write(catalog: Catalog, collection: CollectionInfo, folder: Path, work: Pat
         # The one before is kept: a reader may have learned its name and not opened it yet.
         keep = {path.name, before.file_name} if before else {path.name}
         session.merge(row)
-        outdated = RemovalRow.collection_id == collection.id, RemovalRow.generation <= generation
-        session.execute(delete(RemovalRow).where(*outdated))
+        forget_removals(session, collection)
     for file in folder.iterdir():
         if file.name not in keep and file.suffix in (".faiss", ".partial"):
             file.unlink(missing_ok=True)
@@ -308,9 +319,27 @@ def masked_ids(
     return np.union1d(np.array(removed, np.int64), delta_ids)
 
 
-def _changed(collection: CollectionInfo, after_generation: int) -> Any:
-    return (
-        select(ImageRow.id, EmbeddingRow.vector)
+def forget_removals(session: Session, collection: CollectionInfo) -> None:
+    """Drops the notes of removals that neither the snapshot nor a vector server has to be told any more."""
+    stored = StoredVectorsRow.collection_id == collection.id, StoredVectorsRow.state != DROPPED
+    told = [
+        *session.scalars(select(SnapshotRow.generation).where(SnapshotRow.collection_id == collection.id)),
+        *session.scalars(select(StoredVectorsRow.generation).where(*stored)),
+    ]
+    if told:
+        known = RemovalRow.collection_id == collection.id, RemovalRow.generation <= min(told)
+        session.execute(delete(RemovalRow).where(*known))
+
+
+def drop_stored(session: Session, collection: CollectionInfo) -> None:
+    """Has everything dropped that vector servers hold of a collection, as soon as they are reached."""
+    ours = StoredVectorsRow.collection_id == collection.id
+    session.execute(update(StoredVectorsRow).where(ours).values(state=DROPPED))
+
+
+def _changed(collection: CollectionInfo, after_generation: int, up_to_generation: int | None = None) -> Any:
+    changed = (
+        select(ImageRow.id, ImageRow.generation, EmbeddingRow.vector)
         .join(EmbeddingRow, EmbeddingRow.sha256 == ImageRow.sha256)
         .where(
             ImageRow.collection_id == collection.id,
@@ -321,13 +350,14 @@ def _changed(collection: CollectionInfo, after_generation: int) -> Any:
             EmbeddingRow.region == "full",
         )
     )
+    return changed if up_to_generation is None else changed.where(ImageRow.generation <= up_to_generation)
 
 
-def _stored_parts(
-    session: Session, collection: CollectionInfo, after_generation: int
-) -> Iterator[tuple[int, list[int], NDArray[np.float16]]]:
-    """(begin, ids, raw vectors) of consecutive parts, by id. Raises CatalogUnavailable."""
-    changed = _changed(collection, after_generation).order_by(ImageRow.id)
+def stored_parts(
+    session: Session, collection: CollectionInfo, after_generation: int = -1, up_to_generation: int | None = None
+) -> Iterator[tuple[int, list[int], list[int], NDArray[np.float16]]]:
+    """(begin, ids, generations, raw vectors) of consecutive parts, by id. Raises CatalogUnavailable."""
+    changed = _changed(collection, after_generation, up_to_generation).order_by(ImageRow.id)
     begin = 0
     for part in session.execute(changed, execution_options={"yield_per": _ROWS_PER_FETCH}).partitions():
         if any(len(row.vector) != 2 * collection.dim for row in part):
@@ -336,7 +366,7 @@ def _stored_parts(
                 f"run: dino-search verify --repair{option_for(collection.name)}"
             )
         raw = np.frombuffer(b"".join(row.vector for row in part), np.float16)
-        yield begin, [row.id for row in part], raw.reshape(len(part), collection.dim)
+        yield begin, [row.id for row in part], [row.generation for row in part], raw.reshape(len(part), collection.dim)
         begin += len(part)
 
 
@@ -345,7 +375,7 @@ def _later_vectors(
 ) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
     ids: list[int] = []
     parts = [np.empty((0, collection.dim), np.float16)]
-    for _, part_ids, raw in _stored_parts(session, collection, after_generation):
+    for _, part_ids, _, raw in stored_parts(session, collection, after_generation):
         ids += part_ids
         parts.append(raw)
     return np.array(ids, np.int64), np.concatenate(parts)
@@ -358,7 +388,7 @@ def _copy_vectors(session: Session, collection: CollectionInfo, path: Path) -> S
         return StoredVectors(np.empty(0, np.int64), np.empty((0, collection.dim), np.float16))
     ids_N = np.empty(num_images, np.int64)
     with open(path, "wb") as file:
-        for begin, ids, raw in _stored_parts(session, collection, -1):
+        for begin, ids, _, raw in stored_parts(session, collection):
             ids_N[begin : begin + len(ids)] = ids
             _write_rows(file, raw)
     raw_ND: NDArray[np.float16] = np.memmap(path, np.float16, "r+", shape=(num_images, collection.dim))

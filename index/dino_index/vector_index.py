@@ -122,7 +122,15 @@ def _best(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k best candidates by exact score."""
     ids = np.concatenate([part.ids_N[positions] for part, positions in candidates])
-    vectors_CD = np.concatenate([part.searcher.rows(positions) for part, positions in candidates])
+    return rank_exactly(
+        query_D, ids, np.concatenate([part.searcher.rows(positions) for part, positions in candidates]), k
+    )
+
+
+def rank_exactly(
+    query_D: NDArray[np.float32], ids: NDArray[np.int64], vectors_CD: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(ids, scores) of the k best candidates: cosine to 6 decimals, best first, ties by id."""
     # Float32 leaves only those that may be among the best. Final scores are float64 sums, so that equal vectors tie
     # wherever they lie.
     near, _ = nearest(np.arange(len(ids)), vectors_CD @ query_D, k)

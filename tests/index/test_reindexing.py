@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -371,7 +372,7 @@ def test_a_snapshot_that_is_written_during_the_switch_does_not_count(
     def build_slowly(*arguments: Any) -> Any:
         monkeypatch.setattr("dino_index.snapshots.build_index", build)
         # The other command's lock on the folder would make the switch's own snapshot wait for ever in one process.
-        monkeypatch.setattr("dino_index.reindexing.write_snapshot", lambda *_: None)
+        monkeypatch.setattr("dino_index.reindexing.vector_store_of", lambda _: Mock())
         reindex(filled, other_model)
         return build(*arguments)
 

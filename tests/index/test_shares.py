@@ -142,7 +142,7 @@ def test_all_shares_in_any_order_are_one_run(
 def test_the_last_share_writes_the_snapshot(
     home: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dino_index.indexing._MIN_DELTA_TO_COMPACT", 1)
+    monkeypatch.setattr("dino_index.snapshot_store._MIN_DELTA_TO_COMPACT", 1)
     for number in (2, 3):
         index_share(home, tiny_model, photos, f"{number}/3")
         assert count_rows(home, SnapshotRow) == 0

@@ -15,6 +15,7 @@ from dino_index.catalog.schema import (
     SettingRow,
     SnapshotRow,
     SourceRow,
+    StoredVectorsRow,
     VerdictRow,
     WhiteningRow,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SettingRow",
     "SnapshotRow",
     "SourceRow",
+    "StoredVectorsRow",
     "VerdictRow",
     "WhiteningRow",
     "bound_parts",

@@ -13,8 +13,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from dino_index.catalog.copying import (
     copy_rows,
@@ -25,7 +26,7 @@ from dino_index.catalog.copying import (
     write_portable_copy,
 )
 from dino_index.catalog.database import Catalog
-from dino_index.catalog.schema import SCHEMA_REVISION, CollectionRow, JobRow
+from dino_index.catalog.schema import DROPPED, SCHEMA_REVISION, CollectionRow, JobRow, StoredVectorsRow
 from dino_index.catalog.sqlite import SqliteStore, copy_file
 from dino_index.catalog.store import known_revisions, revision_of, upgrade
 from dino_index.errors import (
@@ -105,6 +106,8 @@ def _fill(source: Catalog, target: Catalog, *, force: bool) -> Replacement:
     with source.reading() as reading, target.writing() as writing:
         connection = writing.connection()
         found = count_rows(connection)
+        found.pop(StoredVectorsRow.__tablename__)
+        stored = [dict(row) for row in connection.execute(select(StoredVectorsRow.__table__)).mappings()]
         kept = None
         if any(found.values()):
             if not force:
@@ -124,6 +127,7 @@ def _fill(source: Catalog, target: Catalog, *, force: bool) -> Replacement:
         else:
             generations = {}
         rows = copy_rows(reading.connection(), connection)
+        _disown_vectors(connection, stored)
         _advance_beyond(connection, generations)
         _end_jobs(connection)
     return Replacement(rows=rows, kept=kept)
@@ -137,6 +141,13 @@ def _advance_beyond(connection: Connection, generations: dict[int, int]) -> None
         advanced = max(generation, highest) + 1
         changed = update(CollectionRow).where(CollectionRow.id == collection_id)
         connection.execute(changed.values(generation=advanced))
+
+
+def _disown_vectors(connection: Connection, before: list[dict[str, Any]]) -> None:
+    """What servers hold for the source stays its own; what they held for the target is of no use any more."""
+    connection.execute(delete(StoredVectorsRow))
+    if before:
+        connection.execute(insert(StoredVectorsRow), [row | {"state": DROPPED} for row in before])
 
 
 def _end_jobs(connection: Connection) -> None:

@@ -31,18 +31,24 @@ _WAITS_S = (0.5, 1, 2, 4, 8, 15, 30)
 class Catalog:
     """The catalog of one home folder. Safe to use from several processes; sessions are for one thread each."""
 
-    def __init__(self, home: Path, store: Store) -> None:
+    def __init__(self, home: Path, store: Store, *, vectors_url: str | None = None) -> None:
         self.home = home
         """Keeps the files: snapshots, models, backups; and the tables, where they are in SQLite."""
         self.store = store
+        self.vectors_url = vectors_url
+        """The server that vectors are searched by; None for snapshots in the home."""
 
     @classmethod
-    def open(cls, home: str | Path, *, create: bool = False, url: str | None = None) -> Catalog | None:
+    def open(
+        cls, home: str | Path, *, create: bool = False, url: str | None = None, vectors_url: str | None = None
+    ) -> Catalog | None:
         """The catalog in `home`, brought to this version's schema after a backup copy.
 
         create: make it when there is none; otherwise None is returned then.
         url: of the PostgreSQL database with the tables, `postgresql://user:password@host/database`; None for an
         SQLite file in `home`.
+        vectors_url: of the Milvus server that vectors are searched by, `milvus+http://user:password@host:port?db=NAME`;
+        None for snapshots in `home`.
         Raises CatalogUnavailable, CatalogTooNew, StorageFull.
         """
         home = Path(home).expanduser().absolute()
@@ -57,7 +63,7 @@ class Catalog:
                 home.mkdir(parents=True, exist_ok=True)
                 upgrade(store)
             on_failure.pop_all()
-        return cls(home, store)
+        return cls(home, store, vectors_url=vectors_url)
 
     @property
     def path(self) -> Path:

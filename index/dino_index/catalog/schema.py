@@ -11,7 +11,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dino_index.catalog.column_types import PortableText, UtcDateTime
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
+
+# States of `StoredVectorsRow`.
+FILLING, CURRENT, DROPPED = "filling", "current", "dropped"
 
 # SQLite numbers only INTEGER keys by itself; it stores 64 bits in either case.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -132,6 +135,34 @@ class SnapshotRow(Base):
     num_vectors: Mapped[int] = mapped_column(BigInteger)
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[bytes] = mapped_column(LargeBinary(32))
+
+
+class StoredVectorsRow(Base):
+    """What a vector server holds of a collection: all changes up to one generation.
+
+    Images of later generations and later removals are what it has yet to be told: they are written in the transaction
+    of each change, so that no crash can lose them. Outlives its collection, until the server has dropped its own.
+    """
+
+    __tablename__ = "stored_vectors"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """The collection's name on the server, never used twice."""
+    collection_id: Mapped[int]
+    model_id: Mapped[int]
+    place: Mapped[str] = mapped_column(PortableText)
+    """The server."""
+    owner: Mapped[str] = mapped_column(PortableText)
+    """Identity of the catalog that writes there: a copy of the catalog must not."""
+    state: Mapped[str] = mapped_column(String(8))
+    """`filling`, `current`, or `dropped`: to be dropped on the server."""
+    generation: Mapped[int] = mapped_column(BigInteger)
+    timestamp: Mapped[int] = mapped_column(BigInteger, default=0)
+    """The server's clock after the last change: what searches must have seen."""
+    index_type: Mapped[str] = mapped_column(PortableText)
+    reason: Mapped[str] = mapped_column(PortableText)
+    """Why this type was built, for people."""
+    changed_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
 
 
 class SettingRow(Base):

@@ -1,0 +1,122 @@
+"""Vectors in Milvus against snapshots: storing, recall@10, searches a second, of every index type.
+
+Starts the server of the tests, or asks the one that --url names. The vectors are drawn at random near a surface of 24
+dimensions, as embeddings are; --embeddings takes real ones. Ratios are to the snapshot of the same type, searched in
+the same process, rounds taking turns; recall is counted against comparing all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from filled_catalog import Filled
+from material import seconds
+
+from dino_index.exact_search import scan
+from dino_index.snapshots import Vectors, normalise
+from dino_index.vector_stores import VectorSearch, vector_store_of
+from milvus_server import Server, find_server_program
+
+_TYPES = ("flat", "hnsw", "ivf", "ivfpq")
+_NUM_QUERIES = 200
+_K = 10
+
+
+def random_embeddings(number: int, dim: int, rank: int = 24) -> NDArray[np.float16]:
+    """Vectors near a surface of few dimensions, seeded."""
+    rng = np.random.default_rng(0)
+    surface = rng.normal(size=(number, rank)) @ rng.normal(size=(rank, dim))
+    return (surface + 0.5 * rng.normal(size=(number, dim))).astype(np.float16)
+
+
+def stored_in(filled: Filled, url: str | None, index_type: str) -> tuple[VectorSearch, float]:
+    """The vectors as that store searches them, and how long storing and indexing took."""
+    filled.ask_for(index_type)
+    filled.catalog.vectors_url = url
+    store = vector_store_of(filled.catalog)
+    took_s = seconds(lambda: store.compact(filled.collection))
+    with filled.catalog.reading() as session:
+        return store.load(session, filled.collection), took_s
+
+
+def recall(index: VectorSearch, queries_QD: NDArray[np.float32], exact: list[set[int]]) -> float:
+    found = [set(ids.tolist()) for ids, _ in index.search(queries_QD, _K)]
+    return float(np.mean([len(a & b) / _K for a, b in zip(found, exact, strict=True)]))
+
+
+def measure(filled: Filled, url: str, index_type: str, queries_QD: NDArray[np.float32], exact: list[set[int]]) -> None:
+    """Prints a row of the table."""
+    served, served_s = stored_in(filled, url, index_type)
+    local, local_s = stored_in(filled, None, index_type)
+    allowed = np.arange(1, len(served) + 1, 2)
+    cells = [f"{served_s:.1f} s ({local_s:.1f} s)"]
+    cells.append(f"{recall(served, queries_QD, exact):.4f} ({recall(local, queries_QD, exact):.4f})")
+    few = queries_QD[:50]
+    for name in ("one", "batch", "filtered"):
+
+        def ask(index: VectorSearch, name: str = name) -> None:
+            if name == "batch":
+                index.search(queries_QD, _K)
+                return
+            for query_D in few:
+                index.search(query_D[None], _K, allowed_ids=allowed if name == "filtered" else None)
+
+        times = [(seconds(lambda: ask(served)), seconds(lambda: ask(local))) for _ in range(3)]
+        count = len(queries_QD) if name == "batch" else len(few)
+        ratio = statistics.median(theirs / ours for ours, theirs in times)
+        cells.append(f"{count / min(ours for ours, _ in times):.0f} ({ratio:.2f}x)")
+    print(f"| {index_type} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="of a Milvus server; none: that of the tests is started")
+    parser.add_argument("--embeddings", type=Path, help="a .npy file of vectors")
+    parser.add_argument("--number", type=int, default=30_000)
+    parser.add_argument("--types", nargs="+", default=_TYPES)
+    arguments = parser.parse_args()
+    if arguments.embeddings:
+        vectors_ND: NDArray[np.float16] = np.load(arguments.embeddings)[: arguments.number].astype(np.float16)
+    else:
+        vectors_ND = random_embeddings(arguments.number + _NUM_QUERIES, 192)
+    queries_QD, vectors_ND = normalise(vectors_ND[:_NUM_QUERIES]), vectors_ND[_NUM_QUERIES:]
+    rows = Vectors(np.arange(1, len(vectors_ND) + 1), normalise(vectors_ND))
+    exact = []
+    for query_D, positions in zip(queries_QD, scan(rows, queries_QD, _K, None), strict=True):
+        best = np.argsort(-(rows.vectors_ND[positions] @ query_D), kind="stable")[:_K]
+        exact.append(set(rows.ids_N[positions[best]].tolist()))
+    with ExitStack() as ending:
+        if arguments.url is None:
+            try:
+                server = Server(find_server_program())
+            except pytest.skip.Exception as reason:
+                print(f"skipped: {reason}; or name a server by --url")
+                return
+            ending.callback(server.delete)
+            arguments.url = server.url
+        print(f"{len(vectors_ND)} vectors of {vectors_ND.shape[1]} channels; in brackets: snapshots")
+        print("| type | storing | recall@10 | one query/s | batch queries/s | filtered queries/s |")
+        for index_type in arguments.types:
+            home = Path(tempfile.mkdtemp())
+            try:
+                filled = Filled(home, vectors_ND.shape[1])
+                filled.add(vectors_ND)
+                measure(filled, arguments.url, index_type, queries_QD, exact)
+            finally:
+                shutil.rmtree(home)
+
+
+if __name__ == "__main__":
+    main()
