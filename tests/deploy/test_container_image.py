@@ -81,7 +81,8 @@ def test_server_requirements_agree_with_the_extras() -> None:
     ]
     lines = (DEPLOY / "requirements-server.txt").read_text(encoding="utf-8").splitlines()
     listed = {Requirement(line) for line in lines if not line.startswith("#")}
-    assert listed == {Requirement(line) for line in (*extras["distributed"], *extras["tracing"])}
+    wanted = {Requirement(line) for line in (*extras["distributed"], *extras["tracing"])}
+    assert listed == {requirement for requirement in wanted if requirement.name != "ray"}
 
 
 def test_torch_is_asked_for_as_in_pyproject() -> None:

@@ -237,11 +237,11 @@ def test_a_signal_stops_after_the_batch_and_the_next_run_goes_on(
     is_as_if_made_with_the_new_model(dino_search, shelf, filled_home)
 
 
-@pytest.mark.parametrize("function", ["write_snapshot", "drop_unneeded_embeddings"])
+@pytest.mark.parametrize("function", ["snapshots:write_snapshot", "reindexing:drop_unneeded_embeddings"])
 def test_a_run_killed_after_the_switch_has_switched(
     dino_search: CommandLine, shelf: Shelf, filled_home: Path, function: str
 ) -> None:
-    dying = partial(sabotage.die_before, f"dino_index.reindexing:{function}")
+    dying = partial(sabotage.die_before, f"dino_index.{function}")
     assert dino_search.run(*shelf.reindex(), prepare=dying).exit_code == 137
     assert found(dino_search, shelf.query) == found(dino_search, shelf.query, "--home", shelf.new_home)
     assert "nothing to do" in dino_search.run(*shelf.reindex()).stdout
