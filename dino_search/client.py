@@ -414,7 +414,7 @@ class Client:
                 return answer
             problem = _problem_of(answer)
             # A request without room was not begun; of one that failed otherwise nobody knows how far it came.
-            may_pass = answer.status_code == 429 or (answer.status_code in (502, 503, 504) and repeatable)
+            may_pass = answer.status_code == 429 or (answer.status_code in (503, *_BY_PROXIES) and repeatable)
             wait_s = problem.retry_after_s
             if wait_s is None and answer.status_code in _BY_PROXIES:
                 wait_s = _LOST_WAIT_S

@@ -129,7 +129,7 @@ class MilvusIndex:
     def search(
         self, queries_QD: NDArray[np.float32], k: int, *, allowed_ids: NDArray[np.int64] | None = None
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """As `VectorIndex.search`. Raises VectorStoreErrors."""
+        """As `VectorSearch.search`. Raises VectorStoreErrors."""
         assert k >= 1, k
         assert queries_QD.shape[1] == self._dim, queries_QD.shape
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)

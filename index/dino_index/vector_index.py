@@ -101,12 +101,7 @@ class VectorIndex:
     def search(
         self, queries_QD: NDArray[np.float32], k: int, *, allowed_ids: NDArray[np.int64] | None = None
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """For each query (ids, scores) of its k nearest vectors: cosine to 6 decimals, best first, ties by id.
-
-        An approximate index may miss some of the nearest; scores are exact whatever the type.
-        queries_QD: float32, unit length. k: at least 1; fewer come back only where fewer exist.
-        allowed_ids: the only images to find; None for all.
-        """
+        """As `VectorSearch.search`."""
         assert k >= 1, k
         assert queries_QD.shape[1] == self._parts[0].searcher.dim, queries_QD.shape
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
