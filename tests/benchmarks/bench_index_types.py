@@ -146,7 +146,7 @@ def main() -> None:
     for index_type in arguments.types:
         home = Path(tempfile.mkdtemp())
         try:
-            filled = Filled(home, first_ND.shape[1])
+            filled = Filled.created(home, first_ND.shape[1])
             filled.add(first_ND)
             build_s = measure(filled, index_type, queries_QD, baseline, exact, arguments.rounds)
             measure_adding(filled, index_type, build_s, more_ND, queries_QD[:1])

@@ -111,7 +111,7 @@ def main() -> None:
         for index_type in arguments.types:
             home = Path(tempfile.mkdtemp())
             try:
-                filled = Filled(home, vectors_ND.shape[1])
+                filled = Filled.created(home, vectors_ND.shape[1])
                 filled.add(vectors_ND)
                 measure(filled, arguments.url, index_type, queries_QD, exact)
             finally:

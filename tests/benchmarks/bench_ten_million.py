@@ -97,7 +97,7 @@ def _measured(work: Callable[..., None], *arguments: object) -> None:
 
 
 def fill(home: Path, num: int, dim: int) -> None:
-    filled = Filled(home, dim)
+    filled = Filled.created(home, dim)
     for block_ND in blocks(num, dim):
         filled.add(block_ND)
     filled.catalog.close()

@@ -24,31 +24,35 @@ class _NoModel(ModelSpec):
 
 
 class Filled:
-    """The home, open; a new one has no vector yet."""
+    """The home, open."""
 
-    def __init__(self, home: Path, dim: int) -> None:
+    def __init__(self, catalog: Catalog, collection: CollectionInfo, source_id: int = 0) -> None:
+        """source_id: of what is added; 0 where nothing is."""
+        self.catalog = catalog
+        self.collection = collection
+        self._source_id = source_id
+        self._num_added = 0
+
+    @classmethod
+    def created(cls, home: Path, dim: int) -> Filled:
+        """A new one, without any vector."""
         catalog = Catalog.open(home, create=True)
         assert catalog is not None
-        self.catalog = catalog
         spec = _NoModel(name="none", weights_path=Path("none"), architecture="none", input_size=8)
         with catalog.writing() as session:
-            self.collection: CollectionInfo = create_collection(session, "default", spec, dim)
-            source = SourceRow(collection_id=self.collection.id, path="/nowhere")
+            collection = create_collection(session, "default", spec, dim)
+            source = SourceRow(collection_id=collection.id, path="/nowhere")
             session.add(source)
             session.flush()
-            self._source_id = source.id
-        self._num_added = 0
+            return cls(catalog, collection, source.id)
 
     @classmethod
     def opened(cls, home: Path) -> Filled:
         """One that was filled before, to build and to search."""
-        filled = cls.__new__(cls)
         catalog = Catalog.open(home)
         assert catalog is not None
-        filled.catalog = catalog
         with catalog.reading() as session:
-            filled.collection = find_collection(session, "default")
-        return filled
+            return cls(catalog, find_collection(session, "default"))
 
     def add(self, vectors_ND: NDArray[np.float16]) -> None:
         with self.catalog.writing() as session:
