@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from dino_search.copies import CopiesOptions, CopyFinder
     from dino_search.copy_results import CopyMatch
     from dino_search.copy_runs import CopiesRun
-    from dino_search.duplicates import DuplicateOptions, Duplicates
+    from dino_search.duplicate_results import Duplicates
+    from dino_search.duplicates import DuplicateOptions
 
     Picture = str | os.PathLike[str] | bytes | Image.Image
 

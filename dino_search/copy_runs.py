@@ -45,11 +45,11 @@ from dino_search.copies import (
 )
 from dino_search.copy_results import CopyMatch, CopyQuery
 from dino_search.duplicate_checks import PairVerifier
+from dino_search.duplicate_results import Duplicates
 from dino_search.duplicates import (
     DEFAULT_COPY_SCORE,
     CopyRule,
     DuplicateOptions,
-    Duplicates,
     calibrated_rule,
     find_duplicates,
     fixed_rule,

@@ -25,7 +25,7 @@ from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.durable_files import sync_folder
 from dino_index.errors import ActionLogUnusable, ActionUnsupported
 from dino_index.image_paths import is_url, split_member
-from dino_search.duplicates import Duplicate, DuplicateGroup
+from dino_search.duplicate_results import Duplicate, DuplicateGroup
 from dino_search.trash import Trash
 
 Action = Literal["move", "trash", "hardlink"]

@@ -20,7 +20,7 @@ from dino_search.thumbnails import thumbnail_uri
 
 if TYPE_CHECKING:
     from dino_search.collection import Collection
-    from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
+    from dino_search.duplicate_results import Duplicate, DuplicateGroup, Duplicates
 
 KIND = "duplicates"
 """What the catalog calls such a file."""

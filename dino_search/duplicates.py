@@ -8,11 +8,10 @@ Shapes: N contents, I images, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +21,15 @@ from sqlalchemy.orm import Session
 from dino_index.calibration import DecisionRule
 from dino_index.catalog import Catalog, ImageRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
-from dino_index.collections import CollectionInfo, count_images, find_collection, join_path, source_paths
+from dino_index.collections import CollectionInfo, count_images, find_collection, join_path
 from dino_index.copy_decisions import Decision, Judgement, Verdict, judge
 from dino_index.copy_descriptors import CopyDescriptor
-from dino_index.copy_vectors import load_copy_vectors
 from dino_index.duplicate_groups import CopyPairs, Linkage, NodeGroup, group_pairs
-from dino_index.image_paths import parent_of
-from dino_index.index_types import Rows
 from dino_index.near_pairs import MAX_PARTNERS, near_pairs
 from dino_search.copies import LocatedImage
-from dino_search.copy_results import CopyMatch, CopyQuery
 from dino_search.duplicate_checks import FileOf, PairChecks, PairVerifier
-
-Keep = Literal["resolution", "size", "oldest", "newest", "path"]
-KEEP_POLICIES: tuple[Keep, ...] = ("resolution", "size", "oldest", "newest", "path")
+from dino_search.duplicate_contents import Contents
+from dino_search.duplicate_results import Duplicate, DuplicateGroup, Duplicates, Keep, PairList
 
 Verdicts = Mapping[tuple[bytes, bytes], Verdict]
 """A person's decisions, by the two sha256 in ascending order."""
@@ -74,140 +68,6 @@ class DuplicateOptions:
     """Read the files of copies, so that plain pages and frames of bursts are not taken for copies."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Duplicate:
-    """One file of a group. path: absolute, in the catalog's portable encoding."""
-
-    path: str
-    image_id: int
-    keep: bool
-    score: float
-    """With the kept file; 1 for equal bytes and for the kept one itself."""
-    identical: bool
-    """Has the very bytes of the kept file. Never true of the kept one."""
-    direct: bool
-    """Is a copy of the kept file by itself, not only of others in the group. True of the kept one."""
-    width: int
-    height: int
-    size: int
-    mtime_ns: int
-    sha256: str
-    relative_path: str
-    """Below the folder that was indexed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DuplicateGroup:
-    """Files that are copies, the one to keep first, then by score."""
-
-    group: int
-    """From 1 on."""
-    min_score: float
-    """The lowest score of all pairs inside."""
-    all_compared: bool
-    """Whether `min_score` is of all pairs, not of very many."""
-    chained: bool
-    """Holds pairs that are no copies by themselves."""
-    files: list[Duplicate]
-
-    @property
-    def kept(self) -> Duplicate:
-        return self.files[0]
-
-    @property
-    def spare_bytes(self) -> int:
-        """What the files that are not kept take."""
-        return sum(file.size for file in self.files[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Duplicates:
-    """All groups, in the order of their first images."""
-
-    collection: str
-    model: str
-    images: int
-    failed: int
-    linkage: Linkage
-    keep: Keep
-    groups: list[DuplicateGroup]
-    remarks: list[str] = field(default_factory=list)
-    pairs: PairList | None = None
-    """What the groups were made from; None where only the groups are at hand."""
-
-    def with_groups(self, groups: list[DuplicateGroup]) -> Duplicates:
-        """The same with these groups alone, to be shown a part at a time."""
-        return replace(self, groups=groups)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "collection": self.collection,
-            "model": self.model,
-            "images": self.images,
-            "failed": self.failed,
-            "group_by": self.linkage,
-            "keep": self.keep,
-            "remarks": self.remarks,
-            "groups": [
-                asdict(group) | {"spare_bytes": group.spare_bytes} for group in self.groups
-            ],
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairList:
-    """The pairs of images, as arrays: there may be millions. `matches` writes them out."""
-
-    left_P: NDArray[np.int64]
-    right_P: NDArray[np.int64]
-    """Image ids, that of the lower content first; of a content, its first image, and that with its identical ones."""
-    cosine_P: NDArray[np.float32]
-    decisions: list[tuple[Judgement, Verdict | None]]
-    names: Mapping[int, tuple[str, str]]
-    """(portable path, sha256 in hex) by image id."""
-
-    def __len__(self) -> int:
-        return len(self.left_P)
-
-    def queries(self) -> Iterator[CopyQuery]:
-        """The pairs by their left image, for a report."""
-        for path, matches in groupby(self.matches(), key=lambda match: match.query):
-            yield CopyQuery(query=path, matches=list(matches))
-
-    def matches(self) -> Iterator[CopyMatch]:
-        """Each pair once, by path; `rank` counts the pairs of the left image, best first."""
-        order = sorted(
-            range(len(self)),
-            key=lambda pair: (
-                self.names[int(self.left_P[pair])][0],
-                -self.cosine_P[pair],
-                self.names[int(self.right_P[pair])][0],
-            ),
-        )
-        rank, before = 0, -1
-        for pair in order:
-            left, right = int(self.left_P[pair]), int(self.right_P[pair])
-            rank = rank + 1 if left == before else 1
-            before = left
-            judged, verdict = self.decisions[pair]
-            score = float(self.cosine_P[pair])
-            yield CopyMatch(
-                query=self.names[left][0],
-                reference=self.names[right][0],
-                image_id=right,
-                score=score,
-                cosine=score,
-                rank=rank,
-                decision=judged.decision,
-                precision=judged.precision,
-                reason=judged.reason,
-                similar=judged.similar,
-                verdict=verdict,
-                query_sha256=self.names[left][1],
-                reference_sha256=self.names[right][1],
-            )
-
-
 def fixed_rule(copy_score: float) -> CopyRule:
     """Copies from `copy_score` on, and nothing uncertain. Raises ValueError."""
     if not 0 < copy_score <= 1:
@@ -241,7 +101,7 @@ def find_duplicates(
     with catalog.reading() as session:
         collection = find_collection(session, name)
         counts = count_images(session, collection)
-        contents = _Contents.load(session, collection, descriptor or CopyDescriptor(), options.ignore_same_folder)
+        contents = Contents.load(session, collection, descriptor or CopyDescriptor(), options.ignore_same_folder)
     # Comparing may take long, and a database that is being read cannot tidy up behind its writers.
     search = _Search(contents, rule, verdicts or {}, on_progress)
     files_of = partial(_readable_files, catalog, collection)
@@ -286,7 +146,7 @@ def find_duplicates(
 
 
 def _identical_pairs(
-    contents: _Contents, files: Mapping[int, _File], min_score: float | None
+    contents: Contents, files: Mapping[int, _File], min_score: float | None
 ) -> list[tuple[int, int, float, Judgement, Verdict | None]]:
     """The first image of each content with all others of the same bytes."""
     if min_score is not None and min_score > 1:
@@ -300,95 +160,6 @@ def _identical_pairs(
     ]
 
 
-class _Contents:
-    """Different bytes, by position; which images have them, and their vectors."""
-
-    def __init__(
-        self, ids_I: NDArray[np.int64], digests_I: NDArray[np.void], vectors: Rows, folders_I: NDArray[np.int64] | None
-    ) -> None:
-        """Images in the order of their vectors. folders_I: a number for each folder; None where folders are nothing."""
-        unique_N, first_N, content_I = np.unique(digests_I, return_index=True, return_inverse=True)
-        # Numbered by their first image, so that results are ordered as images were added.
-        order_N = np.argsort(first_N)
-        number_N = np.empty(len(order_N), np.int64)
-        number_N[order_N] = np.arange(len(order_N))
-        self._first_N = first_N[order_N]
-        self._digests_N = unique_N[order_N]
-        content_I = number_N[content_I.ravel()]
-        self._vectors = vectors
-        self._ids_I = ids_I
-        self._by_content = np.argsort(content_I, kind="stable")
-        self._ends = np.concatenate([[0], np.cumsum(np.bincount(content_I, minlength=len(unique_N)))])
-        self.only_folder_N: NDArray[np.int64] | None = None
-        """The folder that all images of a content lie in; -1 where they lie in several."""
-        if folders_I is not None:
-            lowest_N = np.full(len(unique_N), np.iinfo(np.int64).max)
-            highest_N = np.full(len(unique_N), -1)
-            np.minimum.at(lowest_N, content_I, folders_I)
-            np.maximum.at(highest_N, content_I, folders_I)
-            self.only_folder_N = np.where(lowest_N == highest_N, lowest_N, -1)
-
-    @classmethod
-    def load(
-        cls, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor, with_folders: bool
-    ) -> _Contents:
-        vectors = load_copy_vectors(session, collection, descriptor)
-        digests_I = np.zeros(len(vectors), "V32")
-        folders_I = np.zeros(len(vectors), np.int64) if with_folders else None
-        numbers: dict[tuple[int, str], int] = {}
-        statement = (
-            select(ImageRow.sha256, ImageRow.source_id, ImageRow.path)
-            .where(ImageRow.collection_id == collection.id, ImageRow.status == "ok")
-            .order_by(ImageRow.id)
-        )
-        sources = source_paths(session, collection)
-        rows = session.execute(statement, execution_options={"yield_per": _ROWS_PER_FETCH})
-        for number, (sha256, source_id, path) in enumerate(rows):
-            digests_I[number] = np.void(sha256 or b"")
-            if folders_I is not None:
-                folder = (0, parent_of(join_path(sources[source_id], path)))
-                folders_I[number] = numbers.setdefault(folder, len(numbers))
-        return cls(vectors.ids_N, digests_I, vectors, folders_I)
-
-    def __len__(self) -> int:
-        return len(self._first_N)
-
-    @property
-    def dim(self) -> int:
-        return self._vectors.dim
-
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._vectors.rows(self._first_N[positions])
-
-    def scores(self, left_A: NDArray[np.int64], right_B: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(A, B)"""
-        scores_AB: NDArray[np.float32] = np.minimum(self.rows(left_A) @ self.rows(right_B).T, 1)
-        return scores_AB
-
-    def digest(self, node: int) -> bytes:
-        return bytes(self._digests_N[node].tobytes())
-
-    def nodes_of(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """Contents by their sha256, those that are there."""
-        known = np.frombuffer(b"".join(digests), "V32") if digests else np.empty(0, "V32")
-        found = np.flatnonzero(np.isin(self._digests_N.view("S32"), known.view("S32")))
-        return {self.digest(int(node)): int(node) for node in found}
-
-    def images_of(self, node: int) -> list[int]:
-        positions = self._by_content[self._ends[node] : self._ends[node + 1]]
-        return [int(image_id) for image_id in self._ids_I[positions]]
-
-    def first_image(self, node: int) -> int:
-        return int(self._ids_I[self._first_N[node]])
-
-    def repeated(self) -> NDArray[np.int64]:
-        """Contents that several images have, in several folders where folders count."""
-        several_N = np.diff(self._ends) > 1
-        if self.only_folder_N is not None:
-            several_N &= self.only_folder_N < 0
-        return np.flatnonzero(several_N)
-
-
 _Listed = tuple[int, int, float, Judgement, Verdict | None]
 """Two contents, their cosine, what is said of them, and what a person said."""
 
@@ -397,7 +168,7 @@ class _Search:
     """Pairs of contents, decided."""
 
     def __init__(
-        self, contents: _Contents, rule: CopyRule, verdicts: Verdicts, on_progress: Callable[[float], None]
+        self, contents: Contents, rule: CopyRule, verdicts: Verdicts, on_progress: Callable[[float], None]
     ) -> None:
         self._contents = contents
         self._rule = rule
@@ -625,7 +396,7 @@ def _files(session: Session, collection: CollectionInfo, ids: list[int]) -> dict
 
 
 def _with_files(
-    number: int, group: NodeGroup, contents: _Contents, files: Mapping[int, _File], keep: Keep, search: _Search
+    number: int, group: NodeGroup, contents: Contents, files: Mapping[int, _File], keep: Keep, search: _Search
 ) -> DuplicateGroup:
     """The group's files: the one to keep, then by score with it."""
     nodes: dict[str, int] = {}

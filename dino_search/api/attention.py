@@ -12,8 +12,9 @@ from PIL import Image
 
 from dino_index.heat import with_heat
 from dino_index.images import decode
-from dino_search.api.engine import Engine, in_thread
+from dino_search.api.engine import Engine
 from dino_search.api.pictures import Picture
+from dino_search.api.threads import in_thread
 
 OVERLAY_SIDE = 512
 """Pixels of the shorter side of a drawn picture, at most."""

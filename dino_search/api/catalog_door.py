@@ -18,9 +18,10 @@ class CatalogDoor:
     it is looked for by name each time, and opened again where it is another one.
     """
 
-    def __init__(self, home: Path, database: str | None = None) -> None:
+    def __init__(self, home: Path, database: str | None = None, vector_store: str | None = None) -> None:
         self.home = Path(home).expanduser().absolute()
         self.database = database
+        self._vector_store = vector_store
         self._lock = threading.Lock()
         self._catalog: Catalog | None = None
         self._file: tuple[int, int] | None = None
@@ -46,7 +47,7 @@ class CatalogDoor:
         if self._catalog is not None and self._file_now() != self._file:
             self._release()
         if self._catalog is None:
-            self._catalog = Catalog.open(self.home, create=create, url=self.database)
+            self._catalog = Catalog.open(self.home, create=create, url=self.database, vectors_url=self._vector_store)
             self._file = self._file_now()
         return self._catalog
 

@@ -15,7 +15,8 @@ from dino_index.errors import CollectionExists, CollectionNotFound, ImageNotFoun
 from dino_index.filters import matching_ids, parse_filter
 from dino_index.model_files import BUNDLED, BUNDLED_VERSION, ModelSpec, resolve_model, stored_path
 from dino_index.model_store import default_model, resolve_default
-from dino_search.api.engine import Engine, in_thread
+from dino_search.api.engine import Engine
+from dino_search.api.threads import in_thread
 from dino_search.neighbours import portable_path
 
 if TYPE_CHECKING:
@@ -51,14 +52,14 @@ async def create(engine: Engine, name: str, model: str | None) -> dict[str, Any]
 
     Raises CollectionExists, RequestInvalid, ModelError, CollectionError for a name that none can have, CatalogErrors.
     """
-    spec = await engine.in_catalog_thread(_model_for_new, engine, name, model)
+    spec = await engine.catalog.in_thread(_model_for_new, engine, name, model)
     passes = await engine.passes_for(spec)
 
     def write(session: Session) -> dict[str, Any]:
         _require_absent(session, name)
         return _summary(session, create_collection(session, name, spec, passes.backbone.dim))
 
-    return await engine.in_catalog_thread(engine.write, write)
+    return await engine.catalog.in_thread(engine.catalog.write, write)
 
 
 def _model_for_new(engine: Engine, name: str, model: str | None) -> ModelSpec:
@@ -66,8 +67,8 @@ def _model_for_new(engine: Engine, name: str, model: str | None) -> ModelSpec:
         _require_absent(session, name)
         return default_model(session)
 
-    engine.create_catalog()
-    default = engine.read(look)
+    engine.catalog.create()
+    default = engine.catalog.read(look)
     if model is None:
         return resolve_default(default, engine.settings.home)
     # By name only: a path would let a request read any file.
@@ -92,13 +93,13 @@ async def delete(engine: Engine, uploads: Uploads, name: str) -> None:
     """Removes a collection, and the uploaded files that were its alone. Raises CollectionNotFound, CatalogErrors."""
 
     def remove() -> list[str]:
-        files = engine.read(lambda session: uploads.paths_of(session, find_collection(session, name)))
-        remove_collection(engine.catalog(), name)
+        files = engine.catalog.read(lambda session: uploads.paths_of(session, find_collection(session, name)))
+        remove_collection(engine.catalog.opened(), name)
         return files
 
-    files = await engine.in_catalog_thread(remove)
+    files = await engine.catalog.in_thread(remove)
     await uploads.remove_files_of(files)
-    await in_thread(engine.catalog_threads, engine.forget, name)
+    await in_thread(engine.catalog.threads, engine.forget, name)
 
 
 def images(session: Session, name: str, cursor: int, limit: int, filters: Sequence[str]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from dino_index.collections import CollectionInfo, find_collection, generation_of
 from dino_index.copy_detection import Query, make_query
 from dino_index.errors import ImageError, RequestInvalid
-from dino_search.api.engine import Engine, in_thread
+from dino_search.api.engine import Engine
 from dino_search.api.pictures import Picture
+from dino_search.api.threads import in_thread
 from dino_search.copies import CopiesOptions, CopyFinder
 from dino_search.copy_results import CopyMatch
 from dino_search.copy_runs import PairPicture, compare_pictures, decision_rule, facts_of, pair_picture, pair_tools
@@ -90,7 +91,7 @@ class Copying:
             backbone = cast("Backbone", (await engine.passes_of(info)).shared)
 
             def compare() -> CopyMatch:
-                tools = pair_tools(engine.catalog(), info, backbone, engine.models, options)
+                tools = pair_tools(engine.catalog.opened(), info, backbone, engine.models, options)
                 return compare_pictures(tools, *read)
 
             return await in_thread(self.thread, compare)
@@ -117,7 +118,7 @@ class Copying:
 
     def _finder(self, info: CollectionInfo, backbone: Backbone, options: CopiesOptions) -> CopyFinder:
         """The finder for the collection's present state; in its thread."""
-        catalog = self._engine.catalog()
+        catalog = self._engine.catalog.opened()
         with catalog.reading() as session:
             present = find_collection(session, info.name)
             generation = generation_of(session, present)

@@ -13,9 +13,11 @@ from sqlalchemy.orm import Session
 
 from dino_index.catalog import VerdictRow
 from dino_index.collections import CollectionInfo, find_collection, generation_of
-from dino_search.api.engine import Engine, in_thread
+from dino_search.api.engine import Engine
+from dino_search.api.threads import in_thread
 from dino_search.copy_runs import duplicates_in
-from dino_search.duplicates import DuplicateOptions, Duplicates
+from dino_search.duplicate_results import Duplicates
+from dino_search.duplicates import DuplicateOptions
 
 if TYPE_CHECKING:
     from dino_index.backbones import Backbone
@@ -43,7 +45,9 @@ class Duplicating:
         Raises CollectionNotFound, ModelError, CatalogErrors.
         """
         engine = self._engine
-        info, state = await engine.in_catalog_thread(engine.read, lambda session: _state_of(session, collection))
+        info, state = await engine.catalog.in_thread(
+            engine.catalog.read, lambda session: _state_of(session, collection)
+        )
         key = state, options, target_precision, copy_score
         running = self._known.get(key)
         if running is None or (running.done() and (running.cancelled() or running.exception())):
@@ -63,7 +67,7 @@ class Duplicating:
         return await in_thread(
             self._thread,
             lambda: duplicates_in(
-                engine.catalog(), info, engine.models, options,
+                engine.catalog.opened(), info, engine.models, options,
                 target_precision=target_precision, copy_score=copy_score,
                 load_backbone=lambda: cast("Backbone", passes.shared),
             ),

@@ -10,30 +10,24 @@ Shapes: Q queries, D channels.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dino_index.catalog import Catalog, CollectionRow, EmbeddingRow, ImageRow, SourceRow
-from dino_index.catalog.portable_paths import decode_path, encode_path
-from dino_index.catalog.sqlite import SqliteStore
-from dino_index.collections import CollectionInfo, find_collection, join_path, model_of
+from dino_index.catalog import CollectionRow
+from dino_index.catalog.portable_paths import encode_path
+from dino_index.collections import CollectionInfo, find_collection, model_of
 from dino_index.embedding import num_processors
 from dino_index.errors import (
-    CatalogUnavailable,
     CollectionNotFound,
     DinoSearchError,
     ImageError,
@@ -47,11 +41,15 @@ from dino_index.images import decode
 from dino_index.model_files import ModelSpec
 from dino_index.model_store import models_folder
 from dino_index.snapshots import normalise, stored_vector
-from dino_index.vector_stores import VectorSearch, vector_store_of
+from dino_index.vector_stores import VectorSearch
 from dino_search.api.batching import Admission, ForwardPasses
 from dino_search.api.metrics import Metrics
-from dino_search.api.pictures import Picture
+from dino_search.api.pictures import Picture, unit_vector
+from dino_search.api.served_catalog import ServedCatalog
 from dino_search.api.settings import ServiceSettings
+from dino_search.api.shelves import Shelf
+from dino_search.api.stored_images import image_file, stored_vector_of
+from dino_search.api.threads import in_thread
 from dino_search.api.thumbnails import ThumbnailCache
 from dino_search.neighbours import find_neighbours
 from dino_search.results import SearchResults
@@ -60,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NUM_CATALOG_THREADS = 4
 # A reindex that switches the model between a query's embedding and its search is met at most so often.
 _MAX_SWITCHES_MET = 3
 # Errors that say nothing about the other pictures of a request.
@@ -84,58 +81,23 @@ class _Embedded:
     vector_D: NDArray[np.float32]
 
 
-class _Shelf:
-    """One collection's vectors, and the one thread that may touch them."""
-
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.thread = ThreadPoolExecutor(1, f"search-{name[:32]}")
-        self._name = name
-        self._metrics = metrics
-        self._vectors: VectorSearch | None = None
-        self._of: tuple[int, int, int, datetime] | None = None
-        self._catalog: Catalog | None = None
-
-    def current(self, catalog: Catalog, session: Session, collection: CollectionInfo) -> VectorSearch:
-        """The vectors as the session sees the collection; loaded where they have changed. In the shelf's thread."""
-        of = id(catalog), collection.id, collection.model_id, collection.created_at
-        if self._vectors is None or self._of != of or not self._vectors.is_current(session, collection):
-            self._vectors = vector_store_of(catalog).load(session, collection)
-            # Held, so that the id of a catalog that was closed is not that of another one.
-            self._of, self._catalog = of, catalog
-            self._metrics.index_images.labels(self._name).set(len(self._vectors))
-        now = time.monotonic()
-        self._metrics.index_age.labels(self._name).set_function(lambda: time.monotonic() - now)
-        return self._vectors
-
-    def close(self) -> None:
-        self.thread.shutdown(cancel_futures=True)
-        for gauge in (self._metrics.index_images, self._metrics.index_age):
-            with suppress(KeyError):
-                gauge.remove(self._name)
-
-
 class Engine:
     """See the module. Its coroutines belong to one event loop; everything else is for any thread."""
 
     def __init__(self, settings: ServiceSettings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.catalog = ServedCatalog(settings, metrics)
         self.admission = Admission(settings.queue_size, metrics)
         self.thumbnails = ThumbnailCache(settings.thumbnail_cache_bytes)
         self.models = models_folder(settings.home)
         self.decoders = ThreadPoolExecutor(num_processors(), "decode")
-        self.catalog_threads = ThreadPoolExecutor(_NUM_CATALOG_THREADS, "catalog")
         # Of their own, so that a probe is answered while everything else waits for a catalog.
         self.probes = ThreadPoolExecutor(1, "probe")
         self._loader = ThreadPoolExecutor(1, "load")
-        self._shelves: dict[str, _Shelf] = {}
+        self._shelves: dict[str, Shelf] = {}
         self._passes: dict[str, ForwardPasses] = {}
         self._lock = threading.Lock()
-        # Another one, as opening a catalog may take long, and the event loop takes the first.
-        self._catalog_lock = threading.Lock()
-        self._catalog: Catalog | None = None
-        self._catalog_file: tuple[int, int] | None = None
-        self._had_catalog = False
         self._num_torch_threads = 0
         self.num_in_flight = 0
         """Requests that are being answered, probes aside."""
@@ -148,77 +110,13 @@ class Engine:
         with self._lock:
             shelves, self._shelves = list(self._shelves.values()), {}
             passes, self._passes = list(self._passes.values()), {}
-        for pool in (self.decoders, self.catalog_threads, self.probes, self._loader):
+        for pool in (self.decoders, self.probes, self._loader):
             pool.shutdown(cancel_futures=True)
         for shelf in shelves:
             shelf.close()
         for each in passes:
             each.close()
-        if self._catalog is not None:
-            self._catalog.close()
-
-    # The catalog
-
-    def catalog(self) -> Catalog:
-        """The home's catalog. It is opened anew where its file is another one by now.
-
-        Raises CollectionNotFound where nothing has been indexed yet, CatalogUnavailable where it has gone.
-        """
-        with self._catalog_lock:
-            if self._catalog is not None and self._file_of(self._catalog) == self._catalog_file:
-                return self._catalog
-            if self._catalog is not None:
-                self._catalog.close()
-                self._catalog = None
-            opened = self._open()
-            if opened is None and self._had_catalog:
-                raise CatalogUnavailable(
-                    f"the catalog in {self.settings.home} is gone; put it back, the service then goes on by itself"
-                )
-            if opened is None:
-                raise CollectionNotFound(
-                    f"nothing has been indexed yet under {self.settings.home}; "
-                    "run: dino-search index FOLDER-WITH-PICTURES"
-                )
-            self._catalog, self._catalog_file, self._had_catalog = opened, self._file_of(opened), True
-            return opened
-
-    def create_catalog(self) -> None:
-        """Makes the catalog where nothing has been indexed yet. Raises CatalogErrors."""
-        try:
-            self.catalog()
-        except CollectionNotFound:
-            created = self._open(create=True)
-            assert created is not None
-            created.close()
-
-    def _open(self, *, create: bool = False) -> Catalog | None:
-        settings = self.settings
-        return Catalog.open(settings.home, create=create, url=settings.database, vectors_url=settings.vector_store)
-
-    @staticmethod
-    def _file_of(catalog: Catalog) -> tuple[int, int] | None:
-        """What tells an SQLite file from one put in its place; None on a server, which tells by itself."""
-        if not isinstance(catalog.store, SqliteStore):
-            return None
-        try:
-            status = os.stat(catalog.store.path)
-        except OSError:
-            return (-1, -1)
-        return status.st_dev, status.st_ino
-
-    def read(self, work: Callable[[Session], T]) -> T:
-        """What `work` gives back of a reading session. Not on the event loop."""
-        with self.metrics.stage("catalog"), self.catalog().reading() as session:
-            return work(session)
-
-    def write(self, work: Callable[[Session], T]) -> T:
-        """What `work` gives back of a writing session. Not on the event loop."""
-        with self.metrics.stage("catalog"), self.catalog().writing() as session:
-            return work(session)
-
-    async def in_catalog_thread(self, work: Callable[..., T], *args: Any) -> T:
-        return await in_thread(self.catalog_threads, work, *args)
+        self.catalog.close()
 
     # Readiness
 
@@ -239,7 +137,7 @@ class Engine:
         self.is_warm = True
 
     async def _warm_up(self, name: str) -> None:
-        collection = await self.in_catalog_thread(self.read, lambda session: find_collection(session, name))
+        collection = await self.catalog.in_thread(self.catalog.read, lambda session: find_collection(session, name))
         passes = await self.passes_of(collection)
         side = collection.model_config["input_size"]
         # All threads take part: each pays for its first pass.
@@ -250,7 +148,7 @@ class Engine:
         shelf = self._shelf(name)
 
         def load() -> None:
-            catalog = self.catalog()
+            catalog = self.catalog.opened()
             with catalog.reading() as session:
                 shelf.current(catalog, session, find_collection(session, name))
 
@@ -264,7 +162,7 @@ class Engine:
         if not self.is_warm:
             reasons.append("the service is starting: models and vectors are being loaded")
         try:
-            self.read(lambda session: session.execute(select(CollectionRow.id).limit(1)).first())
+            self.catalog.read(lambda session: session.execute(select(CollectionRow.id).limit(1)).first())
         except CollectionNotFound:
             pass  # an empty catalog is ready to be filled
         except DinoSearchError as error:
@@ -358,7 +256,7 @@ class Engine:
         shelf = self._shelf(info.name)
 
         def search() -> T | None:
-            catalog = self.catalog()
+            catalog = self.catalog.opened()
             with catalog.reading() as session:
                 present = find_collection(session, info.name)
                 if present.model_id != info.model_id:
@@ -401,7 +299,7 @@ class Engine:
     def _look_up(self, picture: Picture, name: str) -> _Found:
         """In a decoding thread."""
         digest = picture.sha256 if picture.data is not None else None
-        with self.metrics.stage("catalog"), self.catalog().reading() as session:
+        with self.metrics.stage("catalog"), self.catalog.opened().reading() as session:
             collection = find_collection(session, name)
             stored = None
             if digest is not None:
@@ -425,7 +323,7 @@ class Engine:
             raise RequestInvalid("embedding: expected a picture, found a vector, from which no picture can be had")
 
         def look_up() -> tuple[CollectionInfo, Picture]:
-            with self.metrics.stage("catalog"), self.catalog().reading() as session:
+            with self.metrics.stage("catalog"), self.catalog.opened().reading() as session:
                 collection = find_collection(session, name)
                 if picture.image_id is None:
                     return collection, picture
@@ -501,72 +399,8 @@ class Engine:
         if shelf is not None:
             shelf.close()
 
-    def _shelf(self, name: str) -> _Shelf:
+    def _shelf(self, name: str) -> Shelf:
         with self._lock:
             if name not in self._shelves:
-                self._shelves[name] = _Shelf(name, self.metrics)
+                self._shelves[name] = Shelf(name, self.metrics)
             return self._shelves[name]
-
-
-async def in_thread(threads: Executor, work: Callable[..., T], *args: Any) -> T:
-    """What `work` gives back, done in one of the threads, in the caller's context (its trace)."""
-    context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(threads, lambda: context.run(work, *args))
-
-
-def stored_vector_of(session: Session, collection: CollectionInfo, image_id: int) -> NDArray[np.float16]:
-    """The raw [CLS] of an image of the collection, (1, D). Raises ImageNotFound."""
-    vector = session.scalars(
-        select(EmbeddingRow.vector)
-        .join(ImageRow, ImageRow.sha256 == EmbeddingRow.sha256)
-        .where(
-            ImageRow.id == image_id,
-            ImageRow.collection_id == collection.id,
-            ImageRow.status == "ok",
-            EmbeddingRow.model_id == collection.model_id,
-            EmbeddingRow.kind == "cls",
-            EmbeddingRow.region == "full",
-        )
-    ).one_or_none()
-    if vector is None:
-        raise ImageNotFound(f"no image {image_id} in collection {collection.name!r}; its images: GET /collections")
-    return np.frombuffer(vector, np.float16)[None]
-
-
-def unit_vector(embedding: Sequence[float], collection: CollectionInfo) -> NDArray[np.float32]:
-    """Raises RequestInvalid for another length, and for zeros."""
-    if len(embedding) != collection.dim:
-        raise RequestInvalid(
-            f"embedding: expected {collection.dim} numbers, as {collection.model_name} gives, found {len(embedding)}"
-        )
-    wide_D = np.array(embedding, np.float64)
-    length = float(np.abs(wide_D).max())
-    if not 0 < length < np.inf:
-        raise RequestInvalid("embedding: expected numbers that are not all 0, found a vector without direction")
-    wide_D /= length  # so that squares neither vanish nor overflow
-    unit_D: NDArray[np.float32] = (wide_D / np.linalg.norm(wide_D)).astype(np.float32)
-    return unit_D
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """A readable image. path: as the system names it. sha256: of the bytes that were indexed."""
-
-    path: str
-    sha256: bytes
-    collection: str
-
-
-def image_file(session: Session, image_id: int) -> ImageFile:
-    """Raises ImageNotFound."""
-    row = session.execute(
-        select(SourceRow.path, ImageRow.path, ImageRow.sha256, CollectionRow.name)
-        .join(SourceRow, SourceRow.id == ImageRow.source_id)
-        .join(CollectionRow, CollectionRow.id == ImageRow.collection_id)
-        .where(ImageRow.id == image_id, ImageRow.status == "ok")
-    ).one_or_none()
-    if row is None:
-        raise ImageNotFound(f"no readable image {image_id} in any collection")
-    source, name, sha256, collection = row
-    assert sha256 is not None
-    return ImageFile(join_path(decode_path(source), name), sha256, collection)

@@ -6,15 +6,18 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import Request
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from dino_index.collections import CollectionInfo
 from dino_index.errors import ImageError, MediaTypeRefused, RequestInvalid
 from dino_search.api.problems import in_words
 from dino_search.api.schemas import PictureGiven, PixelsGiven
@@ -140,3 +143,18 @@ def from_base64(text: str) -> bytes:
     if not data:
         raise ImageError("empty", "there are no bytes in it")
     return data
+
+
+def unit_vector(embedding: Sequence[float], collection: CollectionInfo) -> NDArray[np.float32]:
+    """Raises RequestInvalid for another length, and for zeros."""
+    if len(embedding) != collection.dim:
+        raise RequestInvalid(
+            f"embedding: expected {collection.dim} numbers, as {collection.model_name} gives, found {len(embedding)}"
+        )
+    wide_D = np.array(embedding, np.float64)
+    length = float(np.abs(wide_D).max())
+    if not 0 < length < np.inf:
+        raise RequestInvalid("embedding: expected numbers that are not all 0, found a vector without direction")
+    wide_D /= length  # so that squares neither vanish nor overflow
+    unit_D: NDArray[np.float32] = (wide_D / np.linalg.norm(wide_D)).astype(np.float32)
+    return unit_D

@@ -26,7 +26,9 @@ from dino_index.images import DecodedImage, decode
 from dino_index.recording import BatchRecorder, Sources, remove_images
 from dino_index.vector_stores import vector_store_of
 from dino_search.api.batching import Vectors
-from dino_search.api.engine import Engine, image_file, in_thread
+from dino_search.api.engine import Engine
+from dino_search.api.stored_images import image_file
+from dino_search.api.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,9 @@ class Uploads:
         """
         engine = self._engine
         with engine.admission.places(client, len(files)):
-            info = await engine.in_catalog_thread(engine.read, lambda session: find_collection(session, collection))
+            info = await engine.catalog.in_thread(
+                engine.catalog.read, lambda session: find_collection(session, collection)
+            )
             # The files of a collection's images are where its model says how to read them, also on a home that moved.
             await in_thread(engine.decoders, model_of, info, engine.models)
             received = await asyncio.gather(
@@ -83,7 +87,7 @@ class Uploads:
             for each in received:
                 if isinstance(each, BaseException) and (not good or not isinstance(each, ImageError)):
                     raise each
-            outcomes = await engine.in_catalog_thread(self._record, info, good, label)
+            outcomes = await engine.catalog.in_thread(self._record, info, good, label)
         uploaded = [
             outcomes[each.path]
             if isinstance(each, _Received)
@@ -98,11 +102,11 @@ class Uploads:
 
         Raises CollectionNotFound, ImageNotFound, CatalogErrors.
         """
-        await self._engine.in_catalog_thread(self._remove, image_id, collection)
+        await self._engine.catalog.in_thread(self._remove, image_id, collection)
 
     async def remove_files_of(self, paths: Sequence[str]) -> None:
         """Deletes those of the files that were uploaded and that no image is any more."""
-        await self._engine.in_catalog_thread(self._delete_unneeded, paths)
+        await self._engine.catalog.in_thread(self._delete_unneeded, paths)
 
     def paths_of(self, session: Session, collection: CollectionInfo) -> list[str]:
         """The uploaded files that a collection has."""
@@ -174,7 +178,7 @@ class Uploads:
                 for path, name in names.items()
             }
 
-        return self._engine.write(record)
+        return self._engine.catalog.write(record)
 
     def _remove(self, image_id: int, name: str) -> None:
         def remove(session: Session) -> str:
@@ -191,7 +195,7 @@ class Uploads:
             remove_images(session, collection, [image_id])
             return file
 
-        self._delete_unneeded([self._engine.write(remove)])
+        self._delete_unneeded([self._engine.catalog.write(remove)])
 
     def _delete_unneeded(self, paths: Sequence[str]) -> None:
         uploaded = {path for path in paths if Path(path).is_relative_to(self.folder)}
@@ -208,12 +212,12 @@ class Uploads:
 
         if not uploaded:
             return
-        for path in uploaded - self._engine.read(still_needed):
+        for path in uploaded - self._engine.catalog.read(still_needed):
             Path(path).unlink(missing_ok=True)
 
     def _settle(self, info: CollectionInfo) -> None:
         try:
-            vector_store_of(self._engine.catalog()).settle(info)
+            vector_store_of(self._engine.catalog.opened()).settle(info)
         except DinoSearchError as error:
             # Searches go on with what was stored before and what came since.
             logger.warning("the vectors of collection %r are not stored anew: %s", info.name, error)

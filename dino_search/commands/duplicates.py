@@ -22,7 +22,7 @@ from dino_search.commands.output import (
 
 if TYPE_CHECKING:
     from dino_search.collection import Collection
-    from dino_search.duplicates import Duplicates
+    from dino_search.duplicate_results import Duplicates
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -151,7 +151,7 @@ def _check_options(
     """Raises BadParameter."""
     from dino_index.duplicate_groups import LINKAGES
     from dino_search.duplicate_actions import ACTIONS
-    from dino_search.duplicates import KEEP_POLICIES
+    from dino_search.duplicate_results import KEEP_POLICIES
 
     for option, value, allowed in (
         ("--group", group, LINKAGES),

@@ -16,7 +16,7 @@ import dino_search.duplicate_actions as actions
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.errors import ActionLogUnusable, ActionUnsupported
 from dino_search.duplicate_actions import Action, ActionPlan, Applied, apply_plan, plan_actions, undo
-from dino_search.duplicates import Duplicate, DuplicateGroup
+from dino_search.duplicate_results import Duplicate, DuplicateGroup
 from dino_search.trash import Trash
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links and the trash of free systems")

@@ -14,7 +14,7 @@ import dino_search.duplicate_report as reports
 from dino_index.catalog.portable_paths import encode_path
 from dino_index.errors import OutputExists, OutputUnwritable
 from dino_search.duplicate_report import COLUMNS, FILE_NAMES, write_duplicate_report
-from dino_search.duplicates import Duplicate, DuplicateGroup, Duplicates
+from dino_search.duplicate_results import Duplicate, DuplicateGroup, Duplicates
 from page_text import Page
 from requirements import require
 from sample_collections import write_pictures

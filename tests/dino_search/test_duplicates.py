@@ -17,13 +17,8 @@ from dino_index.copy_decisions import Decision, Verdict
 from dino_index.embedding import EmbeddedFile, FileFacts
 from dino_index.image_files import ListedFile
 from dino_index.recording import BatchRecorder, remove_images
-from dino_search.duplicates import (
-    CopyRule,
-    DuplicateOptions,
-    Duplicates,
-    find_duplicates,
-    fixed_rule,
-)
+from dino_search.duplicate_results import Duplicates
+from dino_search.duplicates import CopyRule, DuplicateOptions, find_duplicates, fixed_rule
 from vector_shelf import VectorShelf
 
 DIM = 8

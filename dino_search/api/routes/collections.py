@@ -40,7 +40,7 @@ async def list_collections(request: Request) -> Any:
     """All collections, by name."""
     engine = engine_of(request)
     try:
-        found = await engine.in_catalog_thread(engine.read, cataloguing.summaries)
+        found = await engine.catalog.in_thread(engine.catalog.read, cataloguing.summaries)
     except CollectionNotFound:  # nothing has been indexed yet
         found = []
     return {"collections": [each for each in found if reaches_collection(each["collection"])]}
@@ -65,7 +65,7 @@ async def create_collection(request: Request, asked: CollectionRequest) -> Any:
 async def show_collection(request: Request, collection: CollectionInPath) -> Any:
     """One collection."""
     engine = engine_of(request)
-    return await engine.in_catalog_thread(engine.read, lambda session: cataloguing.summary(session, collection))
+    return await engine.catalog.in_thread(engine.catalog.read, lambda session: cataloguing.summary(session, collection))
 
 
 @router.delete("/collections/{collection}", status_code=204, responses=documented(404), dependencies=[Admin])
@@ -87,8 +87,8 @@ async def list_images(
 ) -> Any:
     """The images of a collection by id, failed ones included."""
     engine = engine_of(request)
-    return await engine.in_catalog_thread(
-        engine.read, lambda session: cataloguing.images(session, collection, cursor, limit, filters or ())
+    return await engine.catalog.in_thread(
+        engine.catalog.read, lambda session: cataloguing.images(session, collection, cursor, limit, filters or ())
     )
 
 
@@ -150,7 +150,9 @@ async def add_images(request: Request, collection: CollectionInPath) -> Any:
 async def show_image(request: Request, collection: CollectionInPath, image_id: ImageIdInPath) -> Any:
     """One image of a collection."""
     engine = engine_of(request)
-    return await engine.in_catalog_thread(engine.read, lambda session: cataloguing.image(session, collection, image_id))
+    return await engine.catalog.in_thread(
+        engine.catalog.read, lambda session: cataloguing.image(session, collection, image_id)
+    )
 
 
 @router.delete(

@@ -15,10 +15,10 @@ from dino_index.catalog import CollectionRow, ImageRow
 from dino_index.errors import CollectionNotFound, RequestInvalid, ScopeMissing, VerdictNotFound
 from dino_index.verdicts import RecordedVerdict, forget_verdict, ordered_pair, record_verdicts
 from dino_search.api.access import Read, Write, current_key, require_collection
-from dino_search.api.engine import image_file
 from dino_search.api.problems import documented
 from dino_search.api.requests import engine_of
 from dino_search.api.schemas import PairGiven, VerdictCounts, Verdicts, VerdictsRequest
+from dino_search.api.stored_images import image_file
 from dino_search.verdicts import listed_verdicts
 
 router = APIRouter(tags=["verdicts"])
@@ -39,8 +39,8 @@ async def put_verdicts(request: Request, asked: VerdictsRequest) -> Any:
         ]
         return asdict(record_verdicts(session, verdicts))
 
-    await engine.in_catalog_thread(engine.create_catalog)
-    return await engine.in_catalog_thread(engine.write, record)
+    await engine.catalog.in_thread(engine.catalog.create)
+    return await engine.catalog.in_thread(engine.catalog.write, record)
 
 
 @router.get("/verdicts", response_model=Verdicts, responses=documented(404), dependencies=[Read])
@@ -59,8 +59,8 @@ async def list_verdicts(
     if collection is None and told is not None:
         raise ScopeMissing(f"this key is not for all collections; name one: {', '.join(told)}", scope="read")
     try:
-        found = await engine.in_catalog_thread(
-            engine.read, lambda session: listed_verdicts(session, collection, told=told)
+        found = await engine.catalog.in_thread(
+            engine.catalog.read, lambda session: listed_verdicts(session, collection, told=told)
         )
     except CollectionNotFound:
         if collection is not None:
@@ -82,7 +82,7 @@ async def delete_verdict(request: Request, pair: Annotated[PairGiven, Query()]) 
             raise VerdictNotFound("expected a pair that somebody decided about; GET /verdicts lists them")
 
     engine = engine_of(request)
-    await engine.in_catalog_thread(engine.write, forget)
+    await engine.catalog.in_thread(engine.catalog.write, forget)
     return Response(status_code=204)
 
 

@@ -8,9 +8,10 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 
 from dino_search.api.access import Read, require_collection
-from dino_search.api.engine import image_file, in_thread
 from dino_search.api.problems import documented
 from dino_search.api.requests import answered, engine_of
+from dino_search.api.stored_images import image_file
+from dino_search.api.threads import in_thread
 from dino_search.api.thumbnails import SIDES
 
 router = APIRouter(tags=["images"], dependencies=[Read])
@@ -35,7 +36,7 @@ async def thumbnail(
     """A small JPEG of an image, upright and without any metadata."""
     engine = engine_of(request)
     rounded = next(each for each in SIDES if each >= side)
-    image = await engine.in_catalog_thread(engine.read, lambda session: image_file(session, image_id))
+    image = await engine.catalog.in_thread(engine.catalog.read, lambda session: image_file(session, image_id))
     require_collection(image.collection)
     # Of the bytes that were indexed: another file under the same id is another thumbnail.
     etag = f'"{image.sha256.hex()[:32]}-{rounded}"'

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from dino_index.errors import DinoSearchError
-from dino_search.api.engine import in_thread
 from dino_search.api.jobs import Jobs
 from dino_search.api.metrics import Metrics
 from dino_search.api.problems import documented
 from dino_search.api.requests import engine_of
 from dino_search.api.schemas import Live, Ready
+from dino_search.api.threads import in_thread
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["operations"])

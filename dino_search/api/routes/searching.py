@@ -11,7 +11,6 @@ from dino_index.errors import DinoSearchError, RequestInvalid
 from dino_search.api import attention as attending
 from dino_search.api.access import Read
 from dino_search.api.bodies import documented_body
-from dino_search.api.engine import in_thread
 from dino_search.api.pictures import Picture, RequestBody, parse, picture_from, picture_of, read_body
 from dino_search.api.problems import documented
 from dino_search.api.requests import answered, engine_of, resolved, settings_of, whose
@@ -28,6 +27,7 @@ from dino_search.api.schemas import (
     SearchRequest,
     SearchResults,
 )
+from dino_search.api.threads import in_thread
 from dino_search.neighbours import classify_by
 
 router = APIRouter(tags=["search"], dependencies=[Read])
