@@ -53,6 +53,7 @@ from dino_search.api.metrics import Metrics
 from dino_search.api.pictures import Picture
 from dino_search.api.settings import ServiceSettings
 from dino_search.api.thumbnails import ThumbnailCache
+from dino_search.api.vector_probe import VectorProbe
 from dino_search.neighbours import find_neighbours
 from dino_search.results import SearchResults
 
@@ -127,6 +128,7 @@ class Engine:
         self.catalog_threads = ThreadPoolExecutor(_NUM_CATALOG_THREADS, "catalog")
         # Of their own, so that a probe is answered while everything else waits for a catalog.
         self.probes = ThreadPoolExecutor(1, "probe")
+        self._vector_probe = VectorProbe()
         self._loader = ThreadPoolExecutor(1, "load")
         self._shelves: dict[str, _Shelf] = {}
         self._passes: dict[str, ForwardPasses] = {}
@@ -150,6 +152,7 @@ class Engine:
             passes, self._passes = list(self._passes.values()), {}
         for pool in (self.decoders, self.catalog_threads, self.probes, self._loader):
             pool.shutdown(cancel_futures=True)
+        self._vector_probe.close()
         for shelf in shelves:
             shelf.close()
         for each in passes:
@@ -265,6 +268,8 @@ class Engine:
             reasons.append("the service is starting: models and vectors are being loaded")
         try:
             self.read(lambda session: session.execute(select(CollectionRow.id).limit(1)).first())
+            if problem := self._vector_probe.problem(self.catalog()):
+                reasons.append(problem)
         except CollectionNotFound:
             pass  # an empty catalog is ready to be filled
         except DinoSearchError as error:
