@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dino_index.errors import DinoSearchError
-from dino_search.home import default_database
+from dino_search.home import default_database, default_vector_store
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -38,7 +38,7 @@ _FAISS_BUILDS = ("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu")
 # Extra, the modules that it brings, what they are for.
 EXTRAS = (
     ("remote", ("fsspec", "s3fs", "gcsfs", "adlfs", "aiohttp"), "images at s3://, gs://, az:// and https:// addresses"),
-    ("distributed", ("psycopg",), "a catalog in PostgreSQL"),
+    ("distributed", ("psycopg", "pymilvus", "ray"), "a catalog in PostgreSQL, vectors in Milvus, indexing on Ray"),
     ("tensorboard", ("tensorboard",), "curves of pretraining runs in TensorBoard"),
     ("tracing", ("opentelemetry.sdk", "opentelemetry.exporter"), "traces of the service's requests"),
 )
@@ -86,6 +86,7 @@ def _checks(home: Path) -> list[tuple[str, Callable[[], Iterator[Check]]]]:
         ("home", lambda: _home(home)),
         ("file system", lambda: _file_system(home)),
         ("database", lambda: _database(home)),
+        ("vector store", lambda: _vector_store(home)),
     ]
 
 
@@ -316,7 +317,7 @@ def _database(home: Path) -> Iterator[Check]:
     if url is None and not path.is_file():
         yield Check(name="database", status="ok", found="none yet; the first index makes it")
         return
-    place, revision = _schema_on_server(home, url) if url else (str(path), _schema_revision(path))
+    place, revision = _schema(home, url)
     if url and revision is None:
         yield Check(name="database", status="ok", found=f"nothing at {place} yet; the first index makes it")
         return
@@ -336,6 +337,48 @@ def _database(home: Path) -> Iterator[Check]:
     if collections:
         found += f" ({', '.join(collections[:5])}{', ...' if len(collections) > 5 else ''})"
     yield Check(name="database", status="ok", found=found)
+
+
+def _vector_store(home: Path) -> Iterator[Check]:
+    from dino_index.catalog import Catalog
+    from dino_index.catalog.database import DATABASE_NAME
+    from dino_index.catalog.schema import SCHEMA_REVISION
+    from dino_index.milvus_server import MilvusAddress, MilvusServer
+    from dino_index.vector_stores import server_store_of
+
+    url, database = default_vector_store(), default_database()
+    if url is None:
+        yield Check(name="vector store", status="ok", found="index files in the home")
+        return
+    server = MilvusServer(MilvusAddress.parse(url))
+    with closing(server):
+        found = f"{server.place}, Milvus {server.version()}"
+    # Only a catalog of this version is opened: an older one would be changed by that.
+    is_there = database is not None or (home / DATABASE_NAME).is_file()
+    if not is_there or _schema(home, database)[1] != SCHEMA_REVISION:
+        yield Check(name="vector store", status="ok", found=found)
+        return
+    catalog = Catalog.open(home, url=database, vectors_url=url)
+    assert catalog is not None
+    with closing(catalog):
+        store = server_store_of(catalog)
+        assert store is not None
+        num_stored, lost = store.holdings()
+    found += f", has the vectors of {num_stored - len(lost)} of {num_stored} collections"
+    if lost:
+        found += f" (not of {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''})"
+        advice = "the next search of each stores them anew, as does: dino-search verify --repair -c NAME"
+        yield Check(name="vector store", status="warning", found=found, advice=advice)
+    else:
+        yield Check(name="vector store", status="ok", found=found)
+
+
+def _schema(home: Path, url: str | None) -> tuple[str, str | None]:
+    """(place without password, revision) of the home's catalog. Raises CatalogUnavailable."""
+    from dino_index.catalog.database import DATABASE_NAME
+
+    path = home / DATABASE_NAME
+    return _schema_on_server(home, url) if url else (str(path), _schema_revision(path))
 
 
 def _schema_on_server(home: Path, url: str) -> tuple[str, str | None]:

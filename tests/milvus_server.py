@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -23,14 +24,17 @@ _QUICK = {
     "queryCoord.checkInterval": 100, "queryCoord.distPullInterval": 100, "queryCoord.checkHandoffInterval": 200,
     "proxy.timeTickInterval": 50, "common.session.ttl": 3, "log.level": "error",
 }  # fmt: skip
+_numbers = itertools.count()
 
 
 class Server:
     """A server whose data lies in a temporary folder, and which only this machine can reach."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path, folder: Path | None = None) -> None:
+        """folder: where its data lies, else a temporary one."""
         self._program = program
-        self._folder = Path(tempfile.mkdtemp(prefix="dino-search-milvus-"))
+        self._is_temporary = folder is None
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="dino-search-milvus-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._network = _Network()
         import_client()  # quiet from here on
@@ -72,10 +76,18 @@ class Server:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    def cut(self) -> None:
+        """From here on packets to and from the server vanish; connections stay open and hang."""
+        self._network.carry(False)
+
+    def mend(self) -> None:
+        self._network.carry(True)
+
     def delete(self) -> None:
         self.kill()
         self._network.delete()
-        shutil.rmtree(self._folder)
+        if self._is_temporary:
+            shutil.rmtree(self._folder)
 
 
 class _Network:
@@ -83,10 +95,11 @@ class _Network:
 
     def __init__(self) -> None:
         # One of 16,384 nets of two addresses, by process: tests may run side by side.
-        net = 4 * (os.getpid() % 16384)
+        number = next(_numbers)
+        net = 4 * ((os.getpid() + 8191 * number) % 16384)
         self.address, ours = (f"10.231.{net // 256}.{net % 256 + last}" for last in (2, 1))
-        self._name = f"dino-{os.getpid()}"
-        end = f"{self._name}-s"
+        self._name = f"dino{os.getpid()}{chr(ord('a') + number)}"
+        self._end = end = f"{self._name}-s"
         self.enter = ["ip", "netns", "exec", self._name]
         _run("ip", "netns", "add", self._name)
         _run("ip", "link", "add", self._name, "type", "veth", "peer", "name", end)
@@ -96,6 +109,9 @@ class _Network:
         _run(*self.enter, "ip", "addr", "add", f"{self.address}/30", "dev", end)
         for name in (end, "lo"):
             _run(*self.enter, "ip", "link", "set", name, "up")
+
+    def carry(self, on: bool) -> None:
+        _run(*self.enter, "ip", "link", "set", self._end, "up" if on else "down")
 
     def delete(self) -> None:
         _run("ip", "netns", "delete", self._name)

@@ -51,6 +51,7 @@ from dino_search.api.shelves import Shelf
 from dino_search.api.stored_images import image_file, stored_vector_of
 from dino_search.api.threads import in_thread
 from dino_search.api.thumbnails import ThumbnailCache
+from dino_search.api.vector_probe import VectorProbe
 from dino_search.neighbours import find_neighbours
 from dino_search.results import SearchResults
 
@@ -94,6 +95,7 @@ class Engine:
         self.decoders = ThreadPoolExecutor(num_processors(), "decode")
         # Of their own, so that a probe is answered while everything else waits for a catalog.
         self.probes = ThreadPoolExecutor(1, "probe")
+        self._vector_probe = VectorProbe()
         self._loader = ThreadPoolExecutor(1, "load")
         self._shelves: dict[str, Shelf] = {}
         self._passes: dict[str, ForwardPasses] = {}
@@ -112,6 +114,7 @@ class Engine:
             passes, self._passes = list(self._passes.values()), {}
         for pool in (self.decoders, self.probes, self._loader):
             pool.shutdown(cancel_futures=True)
+        self._vector_probe.close()
         for shelf in shelves:
             shelf.close()
         for each in passes:
@@ -163,6 +166,8 @@ class Engine:
             reasons.append("the service is starting: models and vectors are being loaded")
         try:
             self.catalog.read(lambda session: session.execute(select(CollectionRow.id).limit(1)).first())
+            if problem := self._vector_probe.problem(self.catalog.opened()):
+                reasons.append(problem)
         except CollectionNotFound:
             pass  # an empty catalog is ready to be filled
         except DinoSearchError as error:

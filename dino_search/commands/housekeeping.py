@@ -74,13 +74,17 @@ def verify(
 
 
 def compact(collection: CollectionOption = "default", home: HomeOption = None) -> None:
-    """Write a fresh index file and give unused space back."""
+    """Write the index anew and give unused space back."""
+    from dino_index.image_paths import is_url
     from dino_search.collection import Collection
 
     with Collection.open(collection, home=home) as opened:
         opened.compact()
         facts = opened.info()
-    print_line(f"{facts['images_in_snapshot']} images in the index file of '{collection}'")
+    place = facts["vector_store"]
+    # Index files have a folder, a server has a URL.
+    where = f"of '{collection}' at {place}" if is_url(place) else f"in the index file of '{collection}'"
+    print_line(f"{facts['images_in_snapshot']} images {where}")
 
 
 def remove(

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from dino_index.errors import VectorStoreError, VectorStoreUnavailable
@@ -26,11 +26,22 @@ CALL_TIMEOUT_S = 10.0
 """For calls that take milliseconds where all is well."""
 BRIEFLY_S, PATIENTLY_S = 5.0, 60.0
 """How long a call is tried again: while somebody waits for an answer, and at the end of long work."""
+PING_TIMEOUT_S = 3.0
+"""For the question whether a server answers at all, and for making a connection."""
 _AWAY_S = 15.0
+# Who waits behind one that has just failed is told at once, so that waits do not add up.
+_REST_S = 2.0
+# A connection that was lost without a word is found dead after 15 s, and made anew within seconds once the network is
+# back: by itself gRPC waits up to two minutes between its attempts, and for 20 s in each.
+_CONNECTION_OPTIONS = {
+    "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 5_000, "grpc.initial_reconnect_backoff_ms": 500,
+    "grpc.min_reconnect_backoff_ms": 3_000, "grpc.max_reconnect_backoff_ms": 3_000,
+}  # fmt: skip
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.1, 5.0
 _DEFAULT_PORT = 19530
 _EXPECTED = "milvus+http://USER:PASSWORD@HOST:PORT?db=NAME (also milvus+https; signs in a password as %XX)"
 
+_CONNECT_FAILED = 2
 _COLLECTION_NOT_FOUND, _NOT_LOADED, _DATABASE_NOT_FOUND, _PARAMETER_INVALID = 100, 101, 800, 1100
 # What a server says in words alone, or under a code that means many things.
 _REFUSALS = {
@@ -39,6 +50,11 @@ _REFUSALS = {
     "permission deny": "let the server's administrator grant this user the rights on collections",
     "UNIMPLEMENTED": "name the port of Milvus' gRPC interface (19530 unless set otherwise)",
     "database not found": "create it, or correct ?db= in the URL",
+    # 2.3.5 stays stuck when there is space again.
+    "No space left on device": (
+        "free space on its disk, restart it, then run the same command again: the catalog has all that was recorded, "
+        "and the server gets what it lacks"
+    ),
 }
 
 
@@ -92,16 +108,32 @@ class MilvusServer:
         self._address = address
         self._client: MilvusClient | None = None
         self._lock = threading.Lock()
-        self._failed_at = -math.inf
+        self._failed_at = self._answered_at = -math.inf
+        self._silence: VectorStoreUnavailable | None = None
+        """What the last call ended with, if the server said nothing at all."""
 
     @property
     def seems_away(self) -> bool:
         """Whether a call has just failed: one that can wait need not try yet."""
         return time.monotonic() - self._failed_at < _AWAY_S
 
+    def ping(self, *, patience_s: float = 0) -> None:
+        """Raises VectorStoreErrors where the server does not answer, after a few seconds where it is silent."""
+        self._raise_if_resting(patience_s)
+        self._try(_ping, patience_s)
+
+    def ping_after_silence(self) -> None:
+        """As `ping`, unless it has just answered: before calls that others wait for, which may hang for longer."""
+        if time.monotonic() - self._answered_at > 1:
+            self.ping()
+
     @property
     def place(self) -> str:
         return self._address.place
+
+    def version(self) -> str:
+        """Raises VectorStoreErrors, soon."""
+        return self.call(lambda client: str(client.get_server_version(timeout=PING_TIMEOUT_S)), patience_s=0)
 
     def call(self, work: Callable[[MilvusClient], T], *, patience_s: float = BRIEFLY_S) -> T:
         """What `work` makes of a client; tried again after growing waits while the server is away or starting.
@@ -109,26 +141,50 @@ class MilvusServer:
         work: comes to the same when it is done twice. Raises CollectionGone, VectorStoreError; VectorStoreUnavailable
         when it is still away after `patience_s`.
         """
+        self._raise_if_resting(patience_s)
+        if self._silence is not None and patience_s <= BRIEFLY_S:
+            # It tells within seconds what the work may tell only after its own timeout.
+            self._try(_ping, patience_s)
+        return self._try(work, patience_s)
+
+    def _raise_if_resting(self, patience_s: float) -> None:
+        silence = self._silence
+        if silence is not None and patience_s <= BRIEFLY_S and time.monotonic() - self._failed_at < _REST_S:
+            raise VectorStoreUnavailable(str(silence)) from silence
+
+    def _try(self, work: Callable[[MilvusClient], T], patience_s: float) -> T:
         import_client()
+        from grpc import FutureTimeoutError, RpcError
         from pymilvus import MilvusException
 
         deadline, wait_s = time.monotonic() + patience_s, _FIRST_WAIT_S
         while True:
             try:
-                return work(self._connected())
-            except MilvusException as error:
+                result = work(self._connected())
+            # A call that is not answered in time raises gRPC's own error.
+            except (MilvusException, RpcError, FutureTimeoutError) as error:
                 self._raise_refusal(error)
                 if time.monotonic() + wait_s > deadline:
-                    self._failed_at = time.monotonic()
-                    raise VectorStoreUnavailable(
-                        f"the Milvus server at {self.place} does not answer as it should ({_in_a_line(error)}); see "
-                        "that it runs and can be reached, then run the same command again: the catalog has all that "
-                        "was recorded, and the server gets what it lacks"
-                    ) from error
+                    raise self._failed(error) from error
                 if wait_s > 1:
                     logger.warning("Milvus at %s: %s; trying again in %.0f s", self.place, _in_a_line(error), wait_s)
+            else:
+                self._silence, self._answered_at = None, time.monotonic()
+                return result
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _MAX_WAIT_S)
+
+    def _failed(self, error: Exception) -> VectorStoreUnavailable:
+        failure = VectorStoreUnavailable(
+            f"the Milvus server at {self.place} does not answer as it should ({_in_a_line(error)}); see that it runs, "
+            "can be reached and has space on its disk, then run the same command again: the catalog has all that was "
+            "recorded, and the server gets what it lacks"
+        )
+        # The server's own errors have its numbers.
+        code = getattr(error, "code", None)
+        is_silence = not isinstance(code, int) or code == _CONNECT_FAILED
+        self._failed_at, self._silence = time.monotonic(), failure if is_silence else None
+        return failure
 
     def close(self) -> None:
         with self._lock:
@@ -144,7 +200,7 @@ class MilvusServer:
                 address = self._address
                 self._client = MilvusClient(
                     address.uri, user=address.user, password=address.password, db_name=address.database,
-                    timeout=CALL_TIMEOUT_S,
+                    timeout=PING_TIMEOUT_S, grpc_options=_CONNECTION_OPTIONS, dedicated=True,
                 )  # fmt: skip
             return self._client
 
@@ -179,6 +235,11 @@ def import_client() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def _ping(client: MilvusClient) -> None:
+    client.list_collections(timeout=PING_TIMEOUT_S)
+
+
 def _in_a_line(error: Exception) -> str:
-    text = str(getattr(error, "message", "") or error)
+    details: Any = getattr(error, "details", None)
+    text = str(getattr(error, "message", "") or (details() if callable(details) else "") or error)
     return " ".join(text.split())[:200]

@@ -69,7 +69,22 @@ class MilvusStore:
         self.place = server.place
 
     def connect(self, *, patience_s: float = BRIEFLY_S) -> None:
-        self._server.call(lambda client: client.list_collections(timeout=CALL_TIMEOUT_S), patience_s=patience_s)
+        self._server.ping(patience_s=patience_s)
+
+    def holdings(self) -> tuple[int, list[str]]:
+        """How many of the catalog's collections were stored on the server, and the names of those that are not there.
+
+        Raises VectorStoreErrors, CatalogErrors.
+        """
+        held = set(self._server.call(lambda client: client.list_collections(timeout=CALL_TIMEOUT_S)))
+        with self._catalog.reading() as session:
+            stored = session.execute(
+                select(CollectionRow.name, StoredVectorsRow.name)
+                .join(CollectionRow, CollectionRow.id == StoredVectorsRow.collection_id)
+                .where(*self._ours(), StoredVectorsRow.state == CURRENT)
+                .order_by(CollectionRow.name)
+            ).all()
+        return len(stored), [collection for collection, name in stored if name not in held]
 
     def check_type(self, asked: str, dim: int) -> None:
         if asked not in NAMED_INDEX_TYPES:
@@ -243,6 +258,8 @@ class MilvusStore:
                 self.compact(collection, patience_s=patience_s)
                 return
             try:
+                # Who hangs in the writers' turn keeps all others from writing.
+                self._server.ping_after_silence()
                 self._bring_some(collection)
             except VectorStoreUnavailable:
                 # Not waited for in the writers' turn: others want to write meanwhile.

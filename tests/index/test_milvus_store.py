@@ -327,7 +327,7 @@ def test_every_way_to_filter_finds_the_same(
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dino_index.milvus_server, "CALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(dino_index.milvus_server, "PING_TIMEOUT_S", 1.0)
     monkeypatch.setattr(dino_index.milvus_store, "BRIEFLY_S", 1.0)
 
 
