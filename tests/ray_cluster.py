@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
+import pytest
 from ray.cluster_utils import Cluster
 
 _OBJECT_STORE_BYTES = 80 << 20
@@ -22,7 +23,12 @@ def running_cluster(*cpus: int) -> Iterator[Cluster]:
     code = "import ray; print(ray.util.get_node_ip_address())"
     address = subprocess.run([sys.executable, "-c", code], check=True, text=True, capture_output=True).stdout.strip()
     # Its sockets lie there, and their paths may not be long.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        # By itself Ray has its workers wait for whatever else the machine does.
+        environment.setenv("RAY_worker_niceness", "0")
         head = {"num_cpus": cpus[0], "num_gpus": 0, "object_store_memory": _OBJECT_STORE_BYTES}
         cluster = Cluster(
             initialize_head=True,

@@ -117,6 +117,12 @@ def images_of(home: Path, collection: str = "default") -> dict[str, dict[str, An
     return images
 
 
+def errors_of(home: Path, collection: str = "default") -> dict[str, tuple[str | None, str | None]]:
+    """(code, message) of each file in failed state, by absolute path."""
+    rows = _rows(home, collection)
+    return {path: (row.error_code, row.error_message) for path, row, _ in rows if row.status == "failed"}
+
+
 def ids_of(home: Path, collection: str = "default") -> dict[str, int]:
     """Image id by absolute path."""
     return {path: row.id for path, row, _ in _rows(home, collection)}

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import secrets
 import select
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -34,8 +36,9 @@ from dino_index.ray_stages import (
 # A processor has a replica and what decodes for it: pictures take the larger part of the time to embed.
 _CPUS_A_REPLICA = 0.75
 _CPUS_A_DECODER = {"cpu": 0.25, "cuda": 1.0}
-# Files in a table that goes from a decoder to a replica: several forward passes, and a pause that nobody notices.
-_TABLE_SIZES = {"cpu": 32, "cuda": 256}
+# Files in a table that goes from a decoder to a replica: a whole forward pass at least. At the end of a run replicas
+# wait for the one with the last table, for seconds where a picture takes a processor a tenth of one.
+_TABLE_SIZES = {"cpu": 16, "cuda": 256}
 # Of a decoding task, which is what Ray does again when a node goes away.
 _MAX_TABLES_A_TASK = 64
 _TASKS_A_PROCESSOR = 8
@@ -138,11 +141,30 @@ def _connect(address: str | None, send: Callable[[Message], None]) -> None:
     try:
         if host and port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER_TIMEOUT_S).close()
+        if address is None and _starts_own_cluster():
+            address = "local"
+            _choose_token()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, _in_one_line(error)) from error
     finally:
         given_up.cancel()
+
+
+def _starts_own_cluster() -> bool:
+    """Whether Ray, told no address, has no cluster of this machine to connect to: where it looks for the last one."""
+    places = {os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp"}
+    return not any(Path(place, "ray/ray_current_cluster").exists() for place in places if place)
+
+
+def _choose_token() -> None:
+    """Gives this process's own cluster a token, unless the user has one or wants none.
+
+    Ray would write one of its own into the user's home, readable for all, where it stays.
+    """
+    variables = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+    if not any(name in os.environ for name in variables) and not Path("~/.ray/auth_token").expanduser().exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _unreachable(address: str | None, why: str) -> ClusterUnreachable:

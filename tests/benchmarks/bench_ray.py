@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replicas", type=int, default=2)
     arguments = parser.parse_args()
-    os.environ["RAY_AUTH_MODE"] = "token"  # as Ray has it for a cluster of its own; to be said to who connects to it
+    # As Ray has it for a cluster of its own; to be said to who connects to it.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     rates: dict[str, list[tuple[float, float]]] = {"local": [], "ray": []}
     with tempfile.TemporaryDirectory() as name, cluster(arguments.replicas) as address:
         folder = Path(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,9 +33,20 @@ from dino_index.image_files import list_images
 from dino_index.indexing import IndexSummary, Progress
 from dino_index.model_files import resolve_model
 from dino_index.ray_engine import RaySettings, embed_files_on_ray
+from dino_index.shares import Share
 from forked_commands import CommandLine
 from ray_cluster import add_node, has_worker, kill_worker, remove_node, running_cluster
-from sample_collections import count_rows, images_of, index_files, jpeg, write_pictures, write_shard
+from sample_collections import (
+    count_rows,
+    errors_of,
+    findable,
+    ids_of,
+    images_of,
+    index_files,
+    jpeg,
+    write_pictures,
+    write_shard,
+)
 
 pytestmark = pytest.mark.ray
 BUNDLED = Path("bundled")
@@ -45,6 +58,7 @@ class Photos:
 
     folder: Path
     images: dict[str, dict[str, Any]]
+    errors: dict[str, tuple[str | None, str | None]]
     summary: IndexSummary
 
 
@@ -61,7 +75,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
     reasons = make_bad_files(folder / "bad")
     summary = index_files(base / "home", BUNDLED, folder, folder / "s.tar")
     assert (summary.added, summary.failed) == (235, len(reasons))
-    return Photos(folder, images_of(base / "home"), summary)
+    return Photos(folder, images_of(base / "home"), errors_of(base / "home"), summary)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +90,17 @@ def index_on(
     home: Path,
     photos: Photos,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    share: Share | None = None,
     **ray: Any,
 ) -> IndexSummary:
     settings = RaySettings(address=cluster.address, **ray)
-    return index_files(home, BUNDLED, photos.folder, photos.folder / "s.tar", ray=settings, on_progress=on_progress)
+    return index_files(
+        home, BUNDLED, photos.folder, photos.folder / "s.tar", ray=settings, on_progress=on_progress, share=share
+    )
+
+
+def without_rate(summary: IndexSummary) -> IndexSummary:
+    return replace(summary, images_per_second=0.0)
 
 
 def once_some_are_done(action: Callable[[], object]) -> Callable[[Progress], None]:
@@ -95,8 +116,60 @@ def once_some_are_done(action: Callable[[], object]) -> Callable[[Progress], Non
 
 def test_a_cluster_makes_the_catalog_that_this_process_makes(cluster: Any, home: Path, photos: Photos) -> None:
     summary = index_on(cluster, home, photos)
-    assert summary.to_json() | {"images_per_second": 0} == photos.summary.to_json() | {"images_per_second": 0}
+    assert without_rate(summary) == without_rate(photos.summary)
     assert images_of(home) == photos.images
+    assert errors_of(home) == photos.errors
+
+
+def test_all_shares_on_a_cluster_make_the_catalog_of_one_run(cluster: Any, home: Path, photos: Photos) -> None:
+    shares = [index_on(cluster, home, photos, share=Share(number, 2)) for number in (2, 1)]
+    for count in ("added", "updated", "skipped", "failed"):
+        assert sum(getattr(share, count) for share in shares) == getattr(photos.summary, count), count
+    assert shares[0].images == shares[0].added < shares[1].images == photos.summary.images
+    assert images_of(home) == photos.images
+    assert errors_of(home) == photos.errors
+    assert findable(home) == {path for path, image in photos.images.items() if image["status"] == "ok"}
+
+
+def test_a_cluster_rehashes_and_prunes_as_this_process_does(
+    cluster: Any, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    paths = write_pictures(folder, *(f"{number:02}.jpg" for number in range(40)))
+    paths.append(folder / "bad.jpg")
+    for path in paths:
+        content = b"no picture" if path.stem == "bad" else path.read_bytes()
+        path.write_bytes(content.ljust(2000, b"\0"))  # all of one size
+    index_files(home, tiny_model, folder)
+    shutil.copytree(home, tmp_path / "local")
+    ids = ids_of(home)
+    change_unseen(paths[0], jpeg(101))
+    change_unseen(paths[1], paths[2].read_bytes())
+    change_unseen(paths[3], b"no picture")
+    change_unseen(paths[-1], jpeg(102))
+    paths[4].unlink()
+    paths[5].rename(folder / "moved.jpg")
+    shutil.copy(paths[6], folder / "copy.jpg")
+    (folder / "new.jpg").write_bytes(jpeg(103))
+
+    options: dict[str, Any] = {"rehash": True, "prune": True}
+    local = index_files(tmp_path / "local", tiny_model, folder, **options)
+    assert (local.added, local.updated, local.removed, local.failed) == (2, 4, 1, 1)
+    summary = index_files(home, tiny_model, folder, ray=RaySettings(address=cluster.address), **options)
+    assert without_rate(summary) == without_rate(local)
+    assert images_of(home) == images_of(tmp_path / "local")
+    assert errors_of(home) == errors_of(tmp_path / "local")
+    assert findable(home) == findable(tmp_path / "local")
+    renamed = {str(paths[5]): str(folder / "moved.jpg")}
+    kept = {renamed.get(path, path): image_id for path, image_id in ids.items() if path != str(paths[4])}
+    assert kept.items() <= ids_of(home).items()
+
+
+def change_unseen(path: Path, content: bytes) -> None:
+    """Other content in a file whose size and time of change stay."""
+    status = path.stat()
+    path.write_bytes(content.ljust(status.st_size, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def test_killed_workers_change_nothing(cluster: Any, home: Path, photos: Photos) -> None:
@@ -159,6 +232,22 @@ def test_an_address_where_nobody_answers_is_refused(home: Path, photos: Photos) 
             index_files(home, BUNDLED, photos.folder, ray=ray)
 
 
+@pytest.mark.slow
+def test_a_cluster_for_the_run_leaves_nothing_in_the_users_home(
+    home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "photos", "a.jpg", "b.jpg")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    # Where no cluster is known; sockets' paths may not be long.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        assert index_files(home, tiny_model, tmp_path / "photos", ray=RaySettings()).added == 2
+    assert not list(tmp_path.glob("user/**/*"))
+
+
 def test_a_ray_client_address_is_refused(home: Path, photos: Photos) -> None:
     with pytest.raises(ClusterUnreachable, match="run dino-search on a node of the cluster"):
         index_files(home, BUNDLED, photos.folder, ray=RaySettings(address="ray://head:10001"))
@@ -208,7 +297,7 @@ def test_a_removed_node_changes_nothing(home: Path, photos: Photos, replicas: in
         show = once_some_are_done(remove)
         summary = index_on(cluster, home, photos, show, replicas=replicas)
         assert len(cluster.worker_nodes) == 1
-    assert summary.to_json() | {"images_per_second": 0} == photos.summary.to_json() | {"images_per_second": 0}
+    assert without_rate(summary) == without_rate(photos.summary)
     assert images_of(home) == photos.images
 
 
