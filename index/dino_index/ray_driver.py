@@ -153,8 +153,8 @@ def _connect(address: str | None, send: Callable[[Message], None]) -> None:
 
 def _starts_own_cluster() -> bool:
     """Whether Ray, told no address, has no cluster of this machine to connect to: where it looks for the last one."""
-    places = {os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp"}
-    return not any(Path(place, "ray/ray_current_cluster").exists() for place in places if place)
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return not Path(folder, "ray/ray_current_cluster").exists()
 
 
 def _choose_token() -> None:
