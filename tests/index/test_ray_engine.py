@@ -121,6 +121,7 @@ def test_a_cluster_makes_the_catalog_that_this_process_makes(cluster: Any, home:
     assert errors_of(home) == photos.errors
 
 
+@pytest.mark.slow
 def test_all_shares_on_a_cluster_make_the_catalog_of_one_run(cluster: Any, home: Path, photos: Photos) -> None:
     shares = [index_on(cluster, home, photos, share=Share(number, 2)) for number in (2, 1)]
     for count in ("added", "updated", "skipped", "failed"):
@@ -131,6 +132,7 @@ def test_all_shares_on_a_cluster_make_the_catalog_of_one_run(cluster: Any, home:
     assert findable(home) == {path for path, image in photos.images.items() if image["status"] == "ok"}
 
 
+@pytest.mark.slow
 def test_a_cluster_rehashes_and_prunes_as_this_process_does(
     cluster: Any, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
