@@ -220,14 +220,20 @@ def test_the_service_outlasts_a_network_that_is_cut(filled: Path, milvus: Server
         assert waits_until(lambda: service.http.get("/readyz").status_code == 200, 10)
 
 
-@pytest.mark.slow
-def test_a_network_that_is_cut_amid_indexing_loses_nothing(
-    dino_search: Command, photos: Path, tiny_model: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", milvus.url)
+@pytest.fixture
+def many_photos(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """68 pictures, of which a run records eight in a transaction."""
     monkeypatch.setattr("dino_index.recording._IMAGES_A_TRANSACTION", 8)
     monkeypatch.setattr("dino_index.recording._MAX_TRANSACTION_GROWTH", 1)
     write_pictures(photos, *(f"more/{number}.jpg" for number in range(60)), seed=100)
+    return photos
+
+
+@pytest.mark.slow
+def test_a_network_that_is_cut_amid_indexing_loses_nothing(
+    dino_search: Command, many_photos: Path, tiny_model: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", milvus.url)
     whole = MilvusStore.keep_up
     calls: list[float] = []
     later = threading.Timer(_CUT_FOR_S, milvus.mend)
@@ -241,7 +247,7 @@ def test_a_network_that_is_cut_amid_indexing_loses_nothing(
 
     monkeypatch.setattr(MilvusStore, "keep_up", keep_up)
     try:
-        ended = dino_search("index", photos, "--model", tiny_model, "--json")
+        ended = dino_search("index", many_photos, "--model", tiny_model, "--json")
         ended_at = time.monotonic()
     finally:
         later.join()
@@ -249,7 +255,7 @@ def test_a_network_that_is_cut_amid_indexing_loses_nothing(
     assert len(calls) >= 5
     assert _CUT_FOR_S < ended_at - calls[1] < _CUT_FOR_S + 20
     assert calls[-1] - calls[1] < _CUT_FOR_S  # all was recorded while the server could not be reached
-    assert_each_picture_finds_itself(dino_search, photos)
+    assert_each_picture_finds_itself(dino_search, many_photos)
     verified = dino_search("verify", "--json").json()
     assert (verified["problems"], verified["images"]) == ([], ended.json()["images"])
 
@@ -257,12 +263,9 @@ def test_a_network_that_is_cut_amid_indexing_loses_nothing(
 @pytest.mark.slow
 @pytest.mark.mounts
 def test_a_full_disk_of_the_server_ends_indexing_and_loses_nothing(
-    dino_search: Command, photos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dino_search: Command, many_photos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Server 2.3.5 goes on running, refuses what is to be written, and stays stuck until it is started again."""
-    monkeypatch.setattr("dino_index.recording._IMAGES_A_TRANSACTION", 8)
-    monkeypatch.setattr("dino_index.recording._MAX_TRANSACTION_GROWTH", 1)
-    write_pictures(photos, *(f"more/{number}.jpg" for number in range(60)), seed=100)
     whole = MilvusStore.keep_up
     calls = []
     # A new server takes 395 MB.
@@ -278,7 +281,7 @@ def test_a_full_disk_of_the_server_ends_indexing_and_loses_nothing(
                 whole(store, collection)
 
             monkeypatch.setattr(MilvusStore, "keep_up", keep_up)
-            for command in (("index", photos, "--model", tiny_model), ("search", photos / "more" / "59.jpg")):
+            for command in (("index", many_photos, "--model", tiny_model), ("search", many_photos / "more" / "59.jpg")):
                 ended = dino_search(*command)
                 assert ended.code == 1
                 assert "disk" in ended.err.splitlines()[-1]
@@ -289,9 +292,9 @@ def test_a_full_disk_of_the_server_ends_indexing_and_loses_nothing(
             (disk / "filler").unlink()
             server.kill()
             server.start()
-            assert dino_search("index", photos).code == 0
-            assert waits_until(lambda: dino_search("search", photos / "more" / "59.jpg").code == 0, 60)
-            assert_each_picture_finds_itself(dino_search, photos)
+            assert dino_search("index", many_photos).code == 0
+            assert waits_until(lambda: dino_search("search", many_photos / "more" / "59.jpg").code == 0, 60)
+            assert_each_picture_finds_itself(dino_search, many_photos)
             assert dino_search("verify").code == 0
             assert counts(server).popitem()[1] == 68
         finally:
@@ -322,13 +325,10 @@ def test_the_service_outlasts_a_server_that_is_killed(
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_amid_indexing_loses_nothing(
-    dino_search: Command, photos: Path, tiny_model: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
+    dino_search: Command, many_photos: Path, tiny_model: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first batch, back while the run goes on: the run ends well, and both sides agree."""
     monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", milvus.url)
-    monkeypatch.setattr("dino_index.recording._IMAGES_A_TRANSACTION", 8)
-    monkeypatch.setattr("dino_index.recording._MAX_TRANSACTION_GROWTH", 1)
-    write_pictures(photos, *(f"more/{number}.jpg" for number in range(60)), seed=100)
     whole = MilvusStore.keep_up
     calls = []
 
@@ -341,10 +341,10 @@ def test_a_server_that_is_killed_amid_indexing_loses_nothing(
             milvus.start()
 
     monkeypatch.setattr(MilvusStore, "keep_up", keep_up)
-    ended = dino_search("index", photos, "--model", tiny_model, "--json")
+    ended = dino_search("index", many_photos, "--model", tiny_model, "--json")
     assert ended.code == 0
     assert len(calls) >= 5
-    picture = photos / "more" / "59.jpg"
+    picture = many_photos / "more" / "59.jpg"
     assert dino_search("search", picture, "--json").json()["results"][0]["path"] == str(picture)
     verified = dino_search("verify", "--json").json()
     assert (verified["problems"], verified["images"]) == ([], ended.json()["images"])
