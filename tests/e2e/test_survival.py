@@ -692,10 +692,11 @@ def test_a_killed_snapshot_writer_leaves_the_earlier_state(
 def test_an_interrupted_snapshot_writer_cleans_up(photos: Photos, dino_search: CommandLine, filled_home: Path) -> None:
     expected = found(dino_search, photos.query)
     running = dino_search.start("compact", prepare=sabotage.hang_in_the_middle_of_a_snapshot)
-    wait_until(lambda: any(path.stat().st_size for path in filled_home.rglob("*.partial")), running)
+    # Not the copy of the vectors that it makes first, `*.partial` too.
+    wait_until(lambda: any(path.stat().st_size for path in filled_home.rglob("flat-*.partial")), running)
     running.send(signal.SIGINT)
     done = running.wait(timeout_s=20)
-    assert (done.exit_code, done.stdout) == (130, "")
+    assert (done.exit_code, done.stdout) == (130, ""), done
     assert done.stderr.startswith("error: interrupted")
     assert not [path for path in filled_home.rglob("*") if path.suffix in (".partial", ".faiss")]
     assert found(dino_search, photos.query) == expected
