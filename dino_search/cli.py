@@ -52,9 +52,13 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            complain("interrupted; what was recorded before stays")
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            raise typer.Exit(128 + number) from interrupt
+            raise typer.Exit(_tell_of(interrupt)) from interrupt
+
+
+def _tell_of(interrupt: KeyboardInterrupt) -> int:
+    """The exit code."""
+    complain("interrupted; what was recorded before stays")
+    return 128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 app = typer.Typer(
@@ -131,6 +135,8 @@ def main() -> None:
     except DinoSearchError as error:
         complain(str(error))
         sys.exit(1)
+    except KeyboardInterrupt as interrupt:  # before there is a command
+        sys.exit(_tell_of(interrupt))
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,6 +24,7 @@ from dino_index.catalog import Catalog, ImageRow, SourceRow, bound_parts
 from dino_index.catalog.portable_paths import decode_path, encode_path
 from dino_index.collections import CollectionInfo, join_path
 from dino_index.copy_decisions import Judgement, Verdict, judge
+from dino_index.copy_descriptors import CopyDescriptor
 from dino_index.copy_detection import (
     CopyDetector,
     Detection,
@@ -34,11 +35,12 @@ from dino_index.copy_detection import (
     make_query,
     make_reference,
 )
-from dino_index.copy_search import CopySearch
-from dino_index.copy_vectors import load_copy_vectors
+from dino_index.copy_search import CopyReferences, CopySearch
+from dino_index.copy_vectors import load_copy_vectors, readable_ids
 from dino_index.descriptor_learning import copy_descriptor
 from dino_index.embedding import num_processors
 from dino_index.errors import CollectionEmpty, ImageError, SourceNotFound
+from dino_index.held_references import HeldReferences
 from dino_index.image_bytes import DEFAULT_LIMITS, ReadLimits, read_file
 from dino_index.image_paths import absolute_path
 from dino_index.indexing import Progress
@@ -47,6 +49,7 @@ from dino_index.picture_nature import PictureNature, are_burst_frames, are_unpro
 from dino_index.reference_regions import embed_regions, load_region_vectors
 from dino_index.snapshots import Vectors
 from dino_index.source_listing import list_sources, shard_files
+from dino_index.vector_stores import vector_store_of
 from dino_index.verdicts import load_verdicts, ordered_pair
 from dino_index.verification import VERIFIED_SCORE
 from dino_search.copy_results import CopyMatch, CopyQuery
@@ -181,6 +184,29 @@ def _load_reference(catalog: Catalog, side: int, limits: ReadLimits, image_id: i
     return image.reference(side, limits)
 
 
+def load_references(
+    catalog: Catalog,
+    session: Session,
+    collection: CollectionInfo,
+    descriptor: CopyDescriptor,
+    detection: DetectionOptions,
+) -> CopyReferences:
+    """What queries are compared with, from where the collection's vectors are searched.
+
+    A vector server holds whole images, whitened; anything else is read from the catalog. Raises CatalogErrors.
+    """
+    if detection.regions != "both" and detection.whitening:
+        return vector_store_of(catalog).load_copies(session, collection, descriptor)
+    references = load_copy_vectors(session, collection, descriptor)
+    if detection.regions == "both":
+        parts = load_region_vectors(session, collection, descriptor)
+        references = Vectors(
+            np.concatenate([references.ids_N, parts.ids_N]),
+            np.concatenate([references.vectors_ND, parts.vectors_ND]),
+        )
+    return HeldReferences(references)
+
+
 class CopyFinder:
     """Everything that copies in one collection are found with, as of one state of it. For one thread at a time."""
 
@@ -206,22 +232,17 @@ class CopyFinder:
             whitening=options.detection.whitening, normalisation=options.detection.normalisation
         )
         with catalog.reading() as session:
-            references = load_copy_vectors(session, collection, self.descriptor)
-        if not len(references):
+            self.image_ids = readable_ids(session, collection)
+        if not self.image_ids:
             raise CollectionEmpty(
                 f"collection {collection.name!r} has no readable image; run: dino-search index FOLDER-WITH-PICTURES"
             )
-        self.image_ids: list[int] = references.ids_N.tolist()
         if options.detection.regions == "both":
             embed_regions(
                 catalog, collection, backbone, limits=options.limits, on_remark=on_remark, on_progress=on_progress
             )
-            with catalog.reading() as session:
-                parts = load_region_vectors(session, collection, self.descriptor)
-            references = Vectors(
-                np.concatenate([references.ids_N, parts.ids_N]),
-                np.concatenate([references.vectors_ND, parts.vectors_ND]),
-            )
+        with catalog.reading() as session:
+            references = load_references(catalog, session, collection, self.descriptor, options.detection)
         self.search = CopySearch(references, self.descriptor)
         # Not a method: a circle of references would keep all vectors until the collector of circles comes round.
         load_reference = partial(_load_reference, catalog, self._side, options.limits)

@@ -27,6 +27,7 @@ from dino_index.copy_detection import (
 from dino_index.copy_search import CopySearch
 from dino_index.descriptor_learning import copy_descriptor
 from dino_index.errors import CalibrationImpossible, ImageError
+from dino_index.held_references import HeldReferences
 from dino_index.image_bytes import ReadLimits, read_file
 from dino_index.image_paths import absolute_path
 from dino_index.indexing import Progress
@@ -324,7 +325,10 @@ def _detect(tools: PairTools, query: Query, reference: PairPicture) -> Detection
     cls_1D, gem_1D = tools.backbone.embed(reference.reference.square_SSC[None])
     vectors = Vectors(np.zeros(1, np.int64), tools.descriptor.vectors(cls_1D, gem_1D))
     detector = CopyDetector(
-        tools.backbone, CopySearch(vectors, tools.descriptor), lambda _: reference.reference, tools.options.detection
+        tools.backbone,
+        CopySearch(HeldReferences(vectors), tools.descriptor),
+        lambda _: reference.reference,
+        tools.options.detection,
     )
     ((_, (detection,)),) = detector.detect([query])
     return detection

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from dino_index.vector_index import rank_exactly
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
+
+T = TypeVar("T")
 
 ID, GENERATION, VECTOR = "id", "generation", "vector"
 # Server 2.3.5 had not built an IVF_PQ of 12,000 vectors after a minute; IVF_SQ8 is the next smallest.
@@ -103,18 +105,18 @@ class MilvusIndex:
     def __init__(
         self,
         server: MilvusServer,
-        collection: CollectionInfo,
+        dim: int,
         generation: int,
         served: ServedVectors,
         renew: Callable[[], ServedVectors],
     ) -> None:
-        """renew: where the vectors are by now, when the server has them no more under the name they had.
+        """dim: D. renew: where the vectors are by now, when the server has them no more under the name they had.
 
         Raises CollectionGone, VectorStoreErrors.
         """
         self.generation = generation
         self._server = server
-        self._dim = collection.dim
+        self._dim = dim
         self._served = served
         self._renew = renew
         self._num_vectors = self._count()
@@ -135,16 +137,58 @@ class MilvusIndex:
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if not len(queries_QD):
             return []
-        try:
-            found = self._candidates(queries_QD, k, allowed_ids)
-        except CollectionGone:
-            # Compacted by another process meanwhile.
-            self._served = self._renew()
-            found = self._candidates(queries_QD, k, allowed_ids)
+        found = self._despite_compaction(lambda: self._candidates(queries_QD, k, allowed_ids))
         return [
             rank_exactly(query_D, rows.ids_C, rows.vectors_CD, k)
             for query_D, rows in zip(queries_QD, found, strict=True)
         ]
+
+    def nearest_to_any(self, queries_QD: NDArray[np.float32], offsets_Q: NDArray[np.float32], number: int) -> Rows:
+        """The vectors whose largest sum of a query's product and offset is highest, in no order.
+
+        As far as the server tells them apart. Raises VectorStoreErrors.
+        """
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        return self._despite_compaction(lambda: self._nearest_to_any(queries_QD, offsets_Q, number))
+
+    def rows_of(self, ids: NDArray[np.int64]) -> Rows:
+        """What there is of these, in no order. Raises VectorStoreErrors."""
+        return self._despite_compaction(lambda: self._rows_of(ids))
+
+    def _despite_compaction(self, read: Callable[[], T]) -> T:
+        """What `read` gives, though another process may have compacted the collection meanwhile."""
+        try:
+            return read()
+        except CollectionGone:
+            self._served = self._renew()
+            return read()
+
+    def _nearest_to_any(self, queries_QD: NDArray[np.float32], offsets_Q: NDArray[np.float32], number: int) -> Rows:
+        num_fetched = number + _SPARE_FOR_TIES
+        scores: dict[int, float] = {}
+        if num_fetched <= MAX_FETCHED:
+            # Without their vectors: most of what is near one query is not among the nearest to any.
+            answers = self._hits(queries_QD, num_fetched, "", [ID, GENERATION])
+            for offset, hits in zip(offsets_Q.tolist(), answers, strict=True):
+                for hit in hits:
+                    if hit["entity"][GENERATION] <= self.generation:
+                        score = hit["distance"] + offset
+                        scores[hit["entity"][ID]] = max(score, scores.get(hit["entity"][ID], score))
+        if len(scores) >= min(number, len(self)):
+            best = sorted(scores, key=lambda image_id: -scores[image_id])[:number]
+            return self._rows_of(np.array(best, np.int64))
+        found = Rows.of([], self._dim)
+        for page in read_rows(self._server, self._served, self._dim):
+            found += page[page.generations_C <= self.generation]
+            best_C = (found.vectors_CD @ queries_QD.T + offsets_Q).max(axis=1, initial=-np.inf)
+            found = found[np.argsort(-best_C, kind="stable")[:number]]
+        return found
+
+    def _rows_of(self, ids: NDArray[np.int64]) -> Rows:
+        found = Rows.of([], self._dim)
+        for page in read_rows(self._server, self._served, self._dim, ids):
+            found += page[page.generations_C <= self.generation]
+        return found
 
     def _count(self) -> int:
         def count(client: MilvusClient) -> int:
@@ -191,7 +235,8 @@ class MilvusIndex:
         pending = list(range(len(queries_QD)))
         while pending:
             unfinished = []
-            for query, rows in zip(pending, self._hits(queries_QD[pending], num_fetched, expression), strict=True):
+            for query, hits in zip(pending, self._hits(queries_QD[pending], num_fetched, expression), strict=True):
+                rows = Rows.of([hit["entity"] for hit in hits], self._dim)
                 results[query] = rows[rows.generations_C <= self.generation]
                 if num_fetched > len(rows) or num_fetched == MAX_FETCHED:
                     continue
@@ -204,7 +249,13 @@ class MilvusIndex:
             num_fetched = min(4 * num_fetched, MAX_FETCHED)
         return results
 
-    def _hits(self, queries_QD: NDArray[np.float32], num_fetched: int, expression: str) -> Iterator[Rows]:
+    def _hits(
+        self,
+        queries_QD: NDArray[np.float32],
+        num_fetched: int,
+        expression: str,
+        fields: Sequence[str] = (ID, GENERATION, VECTOR),
+    ) -> Iterator[Sequence[Mapping[str, Any]]]:
         """What the server finds for each query, not more at a time than an answer should be long."""
         num_probed = max(_MIN_LISTS_SEARCHED, int(_LISTS_SEARCHED_FRAC * num_lists(len(self))))
         parameters = {"ef": max(num_fetched, _MIN_EF_SEARCH), "nprobe": num_probed}
@@ -214,13 +265,12 @@ class MilvusIndex:
 
             def search(client: MilvusClient, part_QD: NDArray[np.float32] = part_QD) -> Any:
                 return client.search(
-                    self._served.name, part_QD, limit=num_fetched, filter=expression, output_fields=_FIELDS,
+                    self._served.name, part_QD, limit=num_fetched, filter=expression, output_fields=list(fields),
                     search_params={"metric_type": "IP", "params": parameters}, timeout=CALL_TIMEOUT_S,
                     **guarantee(self._served.timestamp),
                 )  # fmt: skip
 
-            for hits in self._server.call(search):
-                yield Rows.of([hit["entity"] for hit in hits], self._dim)
+            yield from self._server.call(search)
 
     def _scan(self, queries_QD: NDArray[np.float32], k: int, allowed_ids: NDArray[np.int64] | None) -> list[Rows]:
         """The k nearest of each query and all that may tie with them, by fetching all that are allowed."""

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from dino_index.catalog import Catalog, CollectionRow, ImageRow, RemovalRow, StoredVectorsRow, bound_parts
 from dino_index.catalog.schema import CURRENT, DROPPED, FILLING
 from dino_index.collections import CollectionInfo, check_model, find_collection, generation_of, hold_model, option_for
+from dino_index.copy_descriptors import CopyDescriptor
 from dino_index.errors import CatalogUnavailable, DinoSearchError, IndexTypeInvalid, VectorStoreUnavailable
 from dino_index.index_type_names import FLAT, NAMED_INDEX_TYPES
 from dino_index.milvus_comparison import find_difference
@@ -42,11 +43,15 @@ from dino_index.milvus_writing import (
     server_time,
     upsert_vectors,
 )
-from dino_index.snapshots import count_vectors, forget_removals, stored_parts
+from dino_index.served_references import ServedReferences
+from dino_index.snapshots import count_vectors, forget_removals
+from dino_index.vector_kinds import COPIES, CopyVectors, SearchVectors, VectorKind
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "dino_search_"
+_SEARCH = SearchVectors()
+_CALLED = {_SEARCH.name: "vectors", COPIES: "copy vectors"}
 _IMAGES_A_TURN = 4096
 # What has so few vectors the server searches by comparing all; sealing them would take seconds for nothing.
 _MIN_SEALED = 10_000
@@ -84,7 +89,8 @@ class MilvusStore:
                 .where(*self._ours(), StoredVectorsRow.state == CURRENT)
                 .order_by(CollectionRow.name)
             ).all()
-        return len(stored), [collection for collection, name in stored if name not in held]
+        lost = dict.fromkeys(collection for collection, name in stored if name not in held)
+        return len({collection for collection, _ in stored}), list(lost)
 
     def check_type(self, asked: str, dim: int) -> None:
         if asked not in NAMED_INDEX_TYPES:
@@ -94,86 +100,30 @@ class MilvusStore:
         pass  # the server's memory is not this machine's
 
     def load(self, session: Session, collection: CollectionInfo) -> MilvusIndex:
-        generation = generation_of(session, collection)
-        row = self._row(session, collection)
-        if row is None or row.generation < generation:
-            self._bring(collection, BRIEFLY_S)
-            served = self._served(collection)
-        else:
-            served = _served_by(row)
-        try:
-            return self._index(collection, generation, served)
-        except CollectionGone:
-            logger.warning(
-                "Milvus at %s has lost the vectors of collection %r; storing them anew", self.place, collection.name
-            )
-            self.compact(collection)
-            return self._index(collection, generation, self._served(collection))
+        return self._load(session, collection, _SEARCH)
+
+    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> ServedReferences:
+        return ServedReferences(self._load(session, collection, CopyVectors(descriptor)))
 
     def keep_up(self, collection: CollectionInfo) -> None:
         if self._server.seems_away:
             return
         try:
-            self._bring(collection, 0)
+            self._bring(collection, _SEARCH, 0)
         except (DinoSearchError, CollectionGone) as error:
             logger.warning("vectors are not brought to Milvus yet: %s", str(error).split(";")[0])
 
     def settle(self, collection: CollectionInfo, *, retype: bool = False) -> None:
-        try:
-            self._catalog.outlast(lambda: self._bring(collection, PATIENTLY_S))
-        except CollectionGone:
-            self.compact(collection)
-            return
-        if retype and self._catalog.read(lambda session: self._wants_another_type(session, collection)):
-            self.compact(collection)
+        for kind in self._catalog.read(lambda session: self._kinds(session, collection)):
+            self._settle(collection, kind, retype)
 
-    def compact(self, collection: CollectionInfo, *, patience_s: float = PATIENTLY_S) -> None:
-        self.connect(patience_s=patience_s)
-        self._drop_outdated()
-        with self._catalog.writing() as session:
-            hold_model(session, collection)
-            index_type, reason = self._wanted_type(session, collection)
-            name = f"{_PREFIX}{collection.id}_{uuid4().hex}"
-            row = StoredVectorsRow(
-                name=name, collection_id=collection.id, model_id=collection.model_id, place=self.place,
-                owner=self._catalog.identity, state=FILLING, generation=generation_of(session, collection),
-                index_type=index_type, reason=reason,
-            )  # fmt: skip
-            session.add(row)
-        try:
-            generation = self._fill(collection, name, index_type)
-        except BaseException:
-            self._change(name, state=DROPPED)
-            raise
-        timestamp = server_time(self._server, patience_s=PATIENTLY_S)
-        with self._catalog.writing() as session:
-            hold_model(session, collection)
-            before = *self._ours(collection), StoredVectorsRow.state == CURRENT
-            session.execute(update(StoredVectorsRow).where(*before).values(state=DROPPED))
-            session.execute(
-                update(StoredVectorsRow)
-                .where(StoredVectorsRow.name == name)
-                .values(state=CURRENT, generation=generation, timestamp=timestamp)
-            )
-            forget_removals(session, collection)
-        self._bring(collection, PATIENTLY_S)
-        self._drop_outdated()
+    def compact(self, collection: CollectionInfo) -> None:
+        for kind in self._catalog.read(lambda session: self._kinds(session, collection)):
+            self._store_anew(collection, kind)
 
     def problem(self, collection: CollectionInfo) -> str | None:
-        found: str | None
-        try:
-            self._bring(collection, BRIEFLY_S)
-            with self._catalog.reading() as session:
-                row = self._row(session, collection)
-                if row is None or row.generation != generation_of(session, collection):
-                    return None  # others write: the next look tells
-                served = _served_by(row)
-                found = find_difference(self._catalog, session, collection, row.generation, self._server, served)
-        except CollectionGone:
-            found = "it has lost those of the collection"
-        except (VectorStoreUnavailable, CatalogUnavailable) as error:
-            found = str(error)
-        return f"vectors in Milvus at {self.place}: {found}" if found else None
+        kinds = self._catalog.read(lambda session: self._kinds(session, collection))
+        return next(filter(None, (self._problem(collection, kind) for kind in kinds)), None)
 
     def purge(self) -> int:
         with self._catalog.reading() as session:
@@ -192,7 +142,7 @@ class MilvusStore:
             logger.warning("the vectors of %r stay there until it can be reached: %s", collection.name, error)
 
     def facts(self, session: Session, collection: CollectionInfo) -> dict[str, Any]:
-        row = self._row(session, collection)
+        row = self._row(session, collection, _SEARCH)
         known = row.generation if row else -1
         return {
             "vector_store": self.place,
@@ -207,36 +157,38 @@ class MilvusStore:
         ours = [StoredVectorsRow.place == self.place, StoredVectorsRow.owner == self._catalog.identity]
         return ours if collection is None else [*ours, StoredVectorsRow.collection_id == collection.id]
 
-    def _row(self, session: Session, collection: CollectionInfo) -> StoredVectorsRow | None:
-        return session.scalars(
-            select(StoredVectorsRow).where(
-                *self._ours(collection), StoredVectorsRow.state == CURRENT,
-                StoredVectorsRow.model_id == collection.model_id,
-            )
-        ).one_or_none()  # fmt: skip
+    def _kinds(self, session: Session, collection: CollectionInfo) -> list[VectorKind]:
+        """What the server is to hold of a collection: copy vectors as soon as copies have been looked for."""
+        rows = session.scalars(select(StoredVectorsRow).where(*self._current(collection)))
+        return [_SEARCH, *(CopyVectors.of(row) for row in rows if row.kind == COPIES)]
 
-    def _served(self, collection: CollectionInfo) -> ServedVectors:
+    def _current(self, collection: CollectionInfo) -> list[ColumnElement[bool]]:
+        of_model = StoredVectorsRow.model_id == collection.model_id
+        return [*self._ours(collection), StoredVectorsRow.state == CURRENT, of_model]
+
+    def _row(self, session: Session, collection: CollectionInfo, kind: VectorKind) -> StoredVectorsRow | None:
+        of_kind = StoredVectorsRow.kind == kind.name, StoredVectorsRow.whitening_sha256 == kind.whitening_sha256
+        return session.scalars(select(StoredVectorsRow).where(*self._current(collection), *of_kind)).one_or_none()
+
+    def _served(self, collection: CollectionInfo, kind: VectorKind) -> ServedVectors:
         with self._catalog.reading() as session:
-            row = self._row(session, collection)
+            row = self._row(session, collection, kind)
             if row is None:
                 raise VectorStoreUnavailable(
                     f"the vectors of collection {collection.name!r} at {self.place} are just being replaced; try again"
                 )
             return _served_by(row)
 
-    def _index(self, collection: CollectionInfo, generation: int, served: ServedVectors) -> MilvusIndex:
-        return MilvusIndex(self._server, collection, generation, served, lambda: self._served(collection))
+    def _wants_another_type(self, session: Session, collection: CollectionInfo, kind: VectorKind) -> bool:
+        row = self._row(session, collection, kind)
+        return row is not None and row.index_type != self._wanted_type(session, collection, kind)[0]
 
-    def _wants_another_type(self, session: Session, collection: CollectionInfo) -> bool:
-        row = self._row(session, collection)
-        return row is not None and row.index_type != self._wanted_type(session, collection)[0]
-
-    def _wanted_type(self, session: Session, collection: CollectionInfo) -> tuple[str, str]:
+    def _wanted_type(self, session: Session, collection: CollectionInfo, kind: VectorKind) -> tuple[str, str]:
         """(name, reason). Raises IndexTypeInvalid."""
         from dino_index.index_types import choose_index_type
 
         asked = session.get_one(CollectionRow, collection.id).index_type
-        choice = choose_index_type(asked, count_vectors(session, collection), collection.dim, num_gpus=0)
+        choice = choose_index_type(asked, count_vectors(session, collection), kind.dim(collection), num_gpus=0)
         if choice.name not in INDEX_TYPES:
             raise IndexTypeInvalid(
                 f"Milvus builds no {choice.name}, a factory string of FAISS; choose another type: "
@@ -244,34 +196,86 @@ class MilvusStore:
             )
         return choice.name, choice.reason
 
+    # Searching
+
+    def _load(self, session: Session, collection: CollectionInfo, kind: VectorKind) -> MilvusIndex:
+        generation = generation_of(session, collection)
+        row = self._row(session, collection, kind)
+        if row is None or row.generation < generation:
+            self._bring(collection, kind, BRIEFLY_S)
+            served = self._served(collection, kind)
+        else:
+            served = _served_by(row)
+        try:
+            return self._index(collection, kind, generation, served)
+        except CollectionGone:
+            logger.warning(
+                "Milvus at %s has lost the vectors of collection %r; storing them anew", self.place, collection.name
+            )
+            self._store_anew(collection, kind)
+            return self._index(collection, kind, generation, self._served(collection, kind))
+
+    def _index(
+        self, collection: CollectionInfo, kind: VectorKind, generation: int, served: ServedVectors
+    ) -> MilvusIndex:
+        dim = kind.dim(collection)
+        return MilvusIndex(self._server, dim, generation, served, lambda: self._served(collection, kind))
+
+    # Comparing
+
+    def _problem(self, collection: CollectionInfo, kind: VectorKind) -> str | None:
+        found: str | None
+        try:
+            self._bring(collection, kind, BRIEFLY_S)
+            with self._catalog.reading() as session:
+                row = self._row(session, collection, kind)
+                if row is None or row.generation != generation_of(session, collection):
+                    return None  # others write: the next look tells
+                served = _served_by(row)
+                found = find_difference(self._catalog, session, collection, kind, row.generation, self._server, served)
+        except CollectionGone:
+            found = "it has lost those of the collection"
+        except (VectorStoreUnavailable, CatalogUnavailable) as error:
+            found = str(error)
+        return f"{_CALLED[kind.name]} in Milvus at {self.place}: {found}" if found else None
+
     # Bringing changes over
 
-    def _bring(self, collection: CollectionInfo, patience_s: float) -> None:
+    def _settle(self, collection: CollectionInfo, kind: VectorKind, retype: bool) -> None:
+        try:
+            self._catalog.outlast(lambda: self._bring(collection, kind, PATIENTLY_S))
+        except CollectionGone:
+            self._store_anew(collection, kind)
+            return
+        if retype and self._catalog.read(lambda session: self._wants_another_type(session, collection, kind)):
+            self._store_anew(collection, kind)
+
+    def _bring(self, collection: CollectionInfo, kind: VectorKind, patience_s: float) -> None:
         """Stores what the catalog has and the server was not told. Raises CollectionGone, VectorStoreErrors."""
         deadline = time.monotonic() + patience_s
         while True:
             with self._catalog.reading() as session:
-                row = self._row(session, collection)
+                row = self._row(session, collection, kind)
                 if row is not None and row.generation >= generation_of(session, collection):
                     return
             if row is None:
-                self.compact(collection, patience_s=patience_s)
+                self._store_anew(collection, kind, patience_s=patience_s)
                 return
             try:
                 # Who hangs in the writers' turn keeps all others from writing.
                 self._server.ping_after_silence()
-                self._bring_some(collection)
+                self._bring_some(collection, kind)
             except VectorStoreUnavailable:
                 # Not waited for in the writers' turn: others want to write meanwhile.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
 
-    def _bring_some(self, collection: CollectionInfo) -> None:
+    def _bring_some(self, collection: CollectionInfo, kind: VectorKind) -> None:
         """In one turn among the writers, who follow one after the other over all processes."""
         with self._catalog.writing() as session:
             hold_model(session, collection)
-            row = self._row(session, collection)
+            row = self._row(session, collection, kind)
             if row is None:
                 return
             since = row.generation
@@ -291,14 +295,50 @@ class MilvusStore:
                 # Some may be readable again, under the same id.
                 readable = ImageRow.id.in_(part), ImageRow.status == "ok"
                 removed -= set(session.scalars(select(ImageRow.id).where(*readable)))
-            for _, ids, generations, raw_ND in stored_parts(session, collection, since, upto):
-                removed |= set(upsert_vectors(self._server, row.name, ids, generations, raw_ND, patience_s=0))
+            for ids, generations, vectors_ND in kind.parts(session, collection, since, upto):
+                removed |= set(upsert_vectors(self._server, row.name, ids, generations, vectors_ND, patience_s=0))
             delete_vectors(self._server, row.name, sorted(removed), patience_s=0)
             row.generation, row.timestamp = upto, server_time(self._server, patience_s=0)
 
     # Building anew
 
-    def _fill(self, collection: CollectionInfo, name: str, index_type: str) -> int:
+    def _store_anew(self, collection: CollectionInfo, kind: VectorKind, *, patience_s: float = PATIENTLY_S) -> None:
+        self.connect(patience_s=patience_s)
+        self._drop_outdated()
+        with self._catalog.writing() as session:
+            hold_model(session, collection)
+            index_type, reason = self._wanted_type(session, collection, kind)
+            name = f"{_PREFIX}{collection.id}_{uuid4().hex}"
+            row = StoredVectorsRow(
+                name=name, collection_id=collection.id, model_id=collection.model_id, place=self.place,
+                owner=self._catalog.identity, state=FILLING, generation=generation_of(session, collection),
+                index_type=index_type, reason=reason, kind=kind.name, whitening=kind.whitening,
+                whitening_sha256=kind.whitening_sha256,
+            )  # fmt: skip
+            session.add(row)
+        try:
+            generation = self._fill(collection, kind, name, index_type)
+        except BaseException:
+            self._change(name, state=DROPPED)
+            raise
+        timestamp = server_time(self._server, patience_s=PATIENTLY_S)
+        with self._catalog.writing() as session:
+            hold_model(session, collection)
+            replaced = or_(
+                StoredVectorsRow.kind == kind.name, StoredVectorsRow.model_id != collection.model_id
+            )  # fmt: skip
+            before = *self._ours(collection), StoredVectorsRow.state == CURRENT, replaced
+            session.execute(update(StoredVectorsRow).where(*before).values(state=DROPPED))
+            session.execute(
+                update(StoredVectorsRow)
+                .where(StoredVectorsRow.name == name)
+                .values(state=CURRENT, generation=generation, timestamp=timestamp)
+            )
+            forget_removals(session, collection)
+        self._bring(collection, kind, PATIENTLY_S)
+        self._drop_outdated()
+
+    def _fill(self, collection: CollectionInfo, kind: VectorKind, name: str, index_type: str) -> int:
         """Makes a collection on the server with the catalog's vectors, ready to be searched; as of which generation.
 
         Raises CatalogErrors, VectorStoreErrors.
@@ -307,9 +347,9 @@ class MilvusStore:
             check_model(session, collection)
             generation = generation_of(session, collection)
             num_vectors = count_vectors(session, collection)
-            create_vectors(self._server, name, index_type, num_vectors, collection.dim)
-            for _, ids, generations, raw_ND in stored_parts(session, collection):
-                upsert_vectors(self._server, name, ids, generations, raw_ND, patience_s=PATIENTLY_S)
+            create_vectors(self._server, name, index_type, num_vectors, kind.dim(collection))
+            for ids, generations, vectors_ND in kind.parts(session, collection):
+                upsert_vectors(self._server, name, ids, generations, vectors_ND, patience_s=PATIENTLY_S)
                 self._say_alive(name)
         if num_vectors >= _MIN_SEALED and index_type != FLAT:
             seal_vectors(self._server, name, lambda: self._say_alive(name))

@@ -18,7 +18,6 @@ from dino_index.errors import VectorStoreError
 from dino_index.index_type_names import FLAT
 from dino_index.milvus_search import GENERATION, ID, INDEX_TYPES, VECTOR, num_lists
 from dino_index.milvus_server import CALL_TIMEOUT_S, PATIENTLY_S, CollectionGone, MilvusServer
-from dino_index.snapshots import normalise
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -60,12 +59,11 @@ def upsert_vectors(
     name: str,
     ids: Sequence[int],
     generations: Sequence[int],
-    raw_ND: NDArray[np.float16],
+    vectors_ND: NDArray[np.float32],
     *,
     patience_s: float,
 ) -> list[int]:
-    """Adds or replaces vectors, at unit length; ids of those that are no numbers, for which a server has no place."""
-    vectors_ND = normalise(raw_ND)
+    """Adds or replaces vectors; ids of those that are no numbers, for which a server has no place."""
     sound_N = np.asarray(np.isfinite(vectors_ND).all(axis=1))
     rows = [
         {ID: image_id, GENERATION: generation, VECTOR: vector_D}

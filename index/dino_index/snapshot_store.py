@@ -13,6 +13,8 @@ from dino_index.collections import CollectionInfo, generation_of
 from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
 
 if TYPE_CHECKING:
+    from dino_index.copy_descriptors import CopyDescriptor
+    from dino_index.held_references import HeldReferences
     from dino_index.vector_index import VectorIndex
 
 # Vectors in no snapshot are read from the catalog when a search starts, which takes a millisecond a hundred.
@@ -48,6 +50,13 @@ class SnapshotStore:
         from dino_index.vector_index import VectorIndex
 
         return VectorIndex.load(self._catalog, session, collection)
+
+    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> HeldReferences:
+        """From the catalog: there is no file of copy vectors."""
+        from dino_index.copy_vectors import load_copy_vectors
+        from dino_index.held_references import HeldReferences
+
+        return HeldReferences(load_copy_vectors(session, collection, descriptor))
 
     def keep_up(self, collection: CollectionInfo) -> None:
         pass  # searches read what is new from the catalog

@@ -16,6 +16,8 @@ from dino_index.collections import CollectionInfo
 from dino_index.snapshot_store import SnapshotStore
 
 if TYPE_CHECKING:
+    from dino_index.copy_descriptors import CopyDescriptor
+    from dino_index.copy_search import CopyReferences
     from dino_index.milvus_store import MilvusStore
 
 
@@ -67,6 +69,10 @@ class VectorStore(Protocol):
 
     def load(self, session: Session, collection: CollectionInfo) -> VectorSearch:
         """The vectors as `session` sees the collection."""
+        ...
+
+    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> CopyReferences:
+        """What copies are compared with, as `session` sees the collection."""
         ...
 
     def keep_up(self, collection: CollectionInfo) -> None:

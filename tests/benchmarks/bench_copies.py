@@ -28,6 +28,7 @@ from dino_index.copy_detection import CopyDetector, DetectionOptions, Reference,
 from dino_index.copy_search import CopySearch
 from dino_index.edited_queries import draw_edits, edited_copy
 from dino_index.edits import EDITS
+from dino_index.held_references import HeldReferences
 from dino_index.images import load_image
 from dino_index.model_files import resolve_model
 from dino_index.query_views import QueryView, query_views
@@ -154,7 +155,7 @@ class Ours:
         if cls_only:
             gem = cls
         references = Vectors(np.arange(len(cls)), descriptor.vectors(cls, gem))
-        search = CopySearch(references, descriptor)
+        search = CopySearch(HeldReferences(references), descriptor)
         found = []
         for views, (cls_VD, gem_VD) in zip(self.views, self.vectors, strict=True):
             chosen = [number for number, view in enumerate(views) if wanted(view.name)]
@@ -189,7 +190,7 @@ def detect(
     def load_reference(number: int) -> Reference:
         return make_reference(material.references[number], side=side)
 
-    detector = CopyDetector(ours.backbone, CopySearch(references, descriptor), load_reference, options)
+    detector = CopyDetector(ours.backbone, CopySearch(HeldReferences(references), descriptor), load_reference, options)
     queries = (
         make_query(image, path=str(number), sha256=bytes(32), side=side, options=options)
         for number, image in enumerate(material.queries)

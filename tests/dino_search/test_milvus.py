@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 import threading
 import time
@@ -64,6 +65,40 @@ def test_every_command_works_on_vectors_in_milvus(
     for command in (("verify",), ("remove", "--purge")):
         assert dino_search(*command).code == 0
     assert len(milvus.client().list_collections()) == 1
+
+
+def test_copies_are_looked_for_in_milvus(
+    dino_search: Command, filled: Path, milvus: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copies(*options: object) -> list[dict[str, object]]:
+        ended = dino_search("copies", *sorted(filled.rglob("*.jpg")), "-k", 4, "--copy-score", 0.5, "--json", *options)
+        assert ended.code == 0, ended.err
+        return [query["matches"] for query in ended.json()["queries"]]
+
+    found = copies()
+    assert sorted(counts(milvus).values()) == [8, 8]
+    shutil.copy(sorted(filled.rglob("*.jpg"))[0], filled / "same.jpg")
+    assert dino_search("index", filled).code == 0
+    assert sorted(counts(milvus).values()) == [9, 9]
+    found = copies()
+    assert len(found) == 9
+    assert {len(matches) for matches in found} == {4}
+    plain = copies("--no-whitening")
+    assert sorted(counts(milvus).values()) == [9, 9]
+    # The same catalog searched in memory.
+    monkeypatch.delenv("DINO_SEARCH_VECTOR_STORE")
+    for served, held in ((found, copies()), (plain, copies("--no-whitening"))):
+        assert [[match["reference"] for match in matches] for matches in served] == [
+            [match["reference"] for match in matches] for matches in held
+        ]
+    monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", milvus.url)
+    milvus.empty()
+    ended = dino_search("verify")
+    assert ended.code == 1
+    assert "has lost those of the collection" in ended.out
+    assert copies() == found
+    assert dino_search("verify", "--repair").code == 0
+    assert dino_search("verify").code == 0
 
 
 def test_the_option_goes_before_the_environment(dino_search: Command, filled: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
 from dino_index.copy_search import CopySearch
 from dino_index.errors import ModelError
+from dino_index.held_references import HeldReferences
 from dino_index.model_files import resolve_model
 from dino_index.snapshots import Vectors, normalise
 from dino_index.whitening import fit_whitening
@@ -93,7 +94,7 @@ def candidates_by_hand(
 def test_candidates_are_the_references_that_any_view_resembles_most(descriptor: CopyDescriptor) -> None:
     references = descriptor.vectors(*raw(200, 5))
     views = raw(6, 6)
-    search = CopySearch(Vectors(np.arange(200) + 1000, references), descriptor)
+    search = CopySearch(HeldReferences(Vectors(np.arange(200) + 1000, references)), descriptor)
     found = search.candidates(*views, 10)
     expected = candidates_by_hand(descriptor, references, views, 10)
     assert [(candidate.image_id - 1000, candidate.views[0]) for candidate in found] == expected
@@ -105,7 +106,7 @@ def test_candidates_are_the_references_that_any_view_resembles_most(descriptor: 
 def test_each_image_is_one_candidate_by_its_best_region() -> None:
     references = CopyDescriptor().vectors(*raw(40, 5))
     ids = np.repeat(np.arange(10), 4)
-    search = CopySearch(Vectors(ids, references), CopyDescriptor())
+    search = CopySearch(HeldReferences(Vectors(ids, references)), CopyDescriptor())
     cls_ND, gem_ND = raw(40, 5)
     found = search.candidates(cls_ND[6:7], gem_ND[6:7], 5)
     assert len({candidate.image_id for candidate in found}) == len(found) == 5
@@ -114,7 +115,9 @@ def test_each_image_is_one_candidate_by_its_best_region() -> None:
 
 
 def test_an_empty_collection_and_a_small_one_have_what_they_have() -> None:
-    nothing = CopySearch(Vectors(np.empty(0, np.int64), np.empty((0, 2 * DIM), np.float32)), CopyDescriptor())
+    nothing = CopySearch(
+        HeldReferences(Vectors(np.empty(0, np.int64), np.empty((0, 2 * DIM), np.float32))), CopyDescriptor()
+    )
     assert nothing.candidates(*raw(2, 1), 5) == []
-    one = CopySearch(Vectors(np.array([7]), CopyDescriptor().vectors(*raw(1, 1))), CopyDescriptor())
+    one = CopySearch(HeldReferences(Vectors(np.array([7]), CopyDescriptor().vectors(*raw(1, 1)))), CopyDescriptor())
     assert [candidate.image_id for candidate in one.candidates(*raw(2, 1), 5)] == [7]

@@ -23,6 +23,7 @@ from dino_index.copy_detection import (
 )
 from dino_index.copy_search import CopySearch
 from dino_index.edits import apply_edits
+from dino_index.held_references import HeldReferences
 from dino_index.model_files import resolve_model
 from dino_index.snapshots import Vectors
 from photographs import photograph
@@ -49,7 +50,7 @@ class Gallery:
         backbone, descriptor = bundled()
         squares = [make_reference(picture, side=backbone.spec.input_size).square_SSC for picture in pictures]
         vectors = descriptor.vectors(*backbone.embed(np.stack(squares)))
-        search = CopySearch(Vectors(np.arange(len(pictures)), vectors), descriptor)
+        search = CopySearch(HeldReferences(Vectors(np.arange(len(pictures)), vectors)), descriptor)
         self._detector = CopyDetector(backbone, search, self._load, self.options)
 
     def _load(self, image_id: int) -> Reference | None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dino_index.catalog.column_types import PortableText, UtcDateTime
 
-SCHEMA_REVISION = "0005"
+SCHEMA_REVISION = "0006"
 
 # States of `StoredVectorsRow`.
 FILLING, CURRENT, DROPPED = "filling", "current", "dropped"
@@ -138,7 +138,7 @@ class SnapshotRow(Base):
 
 
 class StoredVectorsRow(Base):
-    """What a vector server holds of a collection: all changes up to one generation.
+    """What a vector server holds of a collection, of one kind: all changes up to one generation.
 
     Images of later generations and later removals are what it has yet to be told: they are written in the transaction
     of each change, so that no crash can lose them. Outlives its collection, until the server has dropped its own.
@@ -163,6 +163,11 @@ class StoredVectorsRow(Base):
     reason: Mapped[str] = mapped_column(PortableText)
     """Why this type was built, for people."""
     changed_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+    kind: Mapped[str] = mapped_column(String(8), default="search", server_default="search")
+    """Which vectors these are: `vector_kinds`."""
+    whitening: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
+    """What copy vectors were whitened with, a safetensors file; None where they were not."""
+    whitening_sha256: Mapped[bytes | None] = mapped_column(LargeBinary(32))
 
 
 class SettingRow(Base):

@@ -33,6 +33,7 @@ from dino_index.copy_search import CopySearch
 from dino_index.descriptor_learning import learn_descriptor
 from dino_index.embedding import in_order, num_processors
 from dino_index.errors import EvaluationImpossible, ImageError, SourceNotFound
+from dino_index.held_references import HeldReferences
 from dino_index.image_bytes import ReadLimits, read_file
 from dino_index.indexing import Progress
 from dino_index.score_normalisation import MAX_BACKGROUND
@@ -234,7 +235,7 @@ class _Search:
         )
         vectors = Vectors(np.arange(len(references)), descriptor.vectors(references.cls_ND, references.gem_ND))
         self._detector = CopyDetector(
-            store.backbone, CopySearch(vectors, descriptor), self._load_reference, options.detection
+            store.backbone, CopySearch(HeldReferences(vectors), descriptor), self._load_reference, options.detection
         )
 
     def judge(self, queries: Pictures, truth: Sequence[QueryTruth]) -> tuple[list[Judged], list[dict[str, str]]]:
