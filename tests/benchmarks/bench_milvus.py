@@ -1,5 +1,6 @@
 """Vectors in Milvus against snapshots: storing, recall@10, searches a second, of every index type.
 
+--copies: candidates of `copies` in place of that, against comparing all copy vectors in memory.
 Starts the server of the tests, or asks the one that --url names. The vectors are drawn at random near a surface of 24
 dimensions, as embeddings are; --embeddings takes real ones. Ratios are to the snapshot of the same type, searched in
 the same process, rounds taking turns; recall is counted against comparing all.
@@ -24,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from filled_catalog import Filled
 from material import seconds
 
+from dino_index.copy_descriptors import CopyDescriptor
+from dino_index.copy_search import CopySearch
 from dino_index.exact_search import scan
 from dino_index.snapshots import Vectors, normalise
-from dino_index.vector_stores import VectorSearch, vector_store_of
+from dino_index.vector_stores import VectorSearch, VectorStore, vector_store_of
 from milvus_server import Server, find_server_program
 
 _TYPES = ("flat", "hnsw", "ivf", "ivfpq")
 _NUM_QUERIES = 200
 _K = 10
+_NUM_VIEWS, _NUM_CANDIDATES = 20, 20
 
 
 def random_embeddings(number: int, dim: int, rank: int = 24) -> NDArray[np.float16]:
@@ -80,18 +84,64 @@ def measure(filled: Filled, url: str, index_type: str, queries_QD: NDArray[np.fl
     print(f"| {index_type} | {' | '.join(cells)} |", flush=True)
 
 
+def measure_copies(filled: Filled, url: str, index_type: str, vectors_QD: NDArray[np.float16]) -> None:
+    """Prints a row of the other table: each query is looked at in as many ways as `copies` does."""
+    filled.ask_for(index_type)
+    searches: list[CopySearch] = []
+    took_s = []
+    for where in (url, None):
+        filled.catalog.vectors_url = where
+        store = vector_store_of(filled.catalog)
+
+        def load(store: VectorStore = store) -> None:
+            with filled.catalog.reading() as session:
+                references = store.load_copies(session, filled.collection, CopyDescriptor())
+            searches.append(CopySearch(references, CopyDescriptor()))
+
+        took_s.append(seconds(load))
+    rng = np.random.default_rng(1)
+    found: list[list[set[int]]] = []
+    times = []
+    queries = [
+        (query_D + 0.3 * rng.normal(size=(_NUM_VIEWS, len(query_D)))).astype(np.float16) for query_D in vectors_QD[:50]
+    ]
+    for _ in range(3):
+        found = [[], []]
+        times.append(
+            [
+                seconds(
+                    lambda search=search, sets=sets: sets.extend(  # type: ignore[misc]
+                        {candidate.image_id for candidate in search.candidates(views_VD, views_VD, _NUM_CANDIDATES)}
+                        for views_VD in queries
+                    )
+                )
+                for search, sets in zip(searches, found, strict=True)
+            ]
+        )
+    agree = np.mean([len(a & b) / _NUM_CANDIDATES for a, b in zip(*found, strict=True)])
+    ratio = statistics.median(served / held for served, held in times)
+    served_ms, held_ms = (1000 * min(column) / len(queries) for column in zip(*times, strict=True))
+    print(
+        f"| {index_type} | {took_s[0]:.1f} s ({took_s[1]:.1f} s) | {agree:.4f} | {served_ms:.1f} ms ({held_ms:.1f} ms; "
+        f"{ratio:.2f}x) |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="of a Milvus server; none: that of the tests is started")
     parser.add_argument("--embeddings", type=Path, help="a .npy file of vectors")
     parser.add_argument("--number", type=int, default=30_000)
     parser.add_argument("--types", nargs="+", default=_TYPES)
+    parser.add_argument("--copies", action="store_true", help="candidates of copies instead")
     arguments = parser.parse_args()
     if arguments.embeddings:
         vectors_ND: NDArray[np.float16] = np.load(arguments.embeddings)[: arguments.number].astype(np.float16)
     else:
         vectors_ND = random_embeddings(arguments.number + _NUM_QUERIES, 192)
-    queries_QD, vectors_ND = normalise(vectors_ND[:_NUM_QUERIES]), vectors_ND[_NUM_QUERIES:]
+    raw_QD, vectors_ND = vectors_ND[:_NUM_QUERIES], vectors_ND[_NUM_QUERIES:]
+    queries_QD = normalise(raw_QD)
     rows = Vectors(np.arange(1, len(vectors_ND) + 1), normalise(vectors_ND))
     exact = []
     for query_D, positions in zip(queries_QD, scan(rows, queries_QD, _K, None), strict=True):
@@ -107,13 +157,19 @@ def main() -> None:
             ending.callback(server.delete)
             arguments.url = server.url
         print(f"{len(vectors_ND)} vectors of {vectors_ND.shape[1]} channels; in brackets: snapshots")
-        print("| type | storing | recall@10 | one query/s | batch queries/s | filtered queries/s |")
+        if arguments.copies:
+            print("| type | storing (reading) | same candidates | a query |")
+        else:
+            print("| type | storing | recall@10 | one query/s | batch queries/s | filtered queries/s |")
         for index_type in arguments.types:
             home = Path(tempfile.mkdtemp())
             try:
                 filled = Filled.created(home, vectors_ND.shape[1])
-                filled.add(vectors_ND)
-                measure(filled, arguments.url, index_type, queries_QD, exact)
+                filled.add(vectors_ND, with_gem=arguments.copies)
+                if arguments.copies:
+                    measure_copies(filled, arguments.url, index_type, raw_QD)
+                else:
+                    measure(filled, arguments.url, index_type, queries_QD, exact)
             finally:
                 shutil.rmtree(home)
 

@@ -54,7 +54,8 @@ class Filled:
         with catalog.reading() as session:
             return cls(catalog, find_collection(session, "default"))
 
-    def add(self, vectors_ND: NDArray[np.float16]) -> None:
+    def add(self, vectors_ND: NDArray[np.float16], *, with_gem: bool = False) -> None:
+        """with_gem: the same vectors once more, as those of GeM."""
         with self.catalog.writing() as session:
             generation = advance_generation(session, self.collection)
             for begin in range(0, len(vectors_ND), _ROWS_PER_INSERT):
@@ -66,10 +67,11 @@ class Filled:
                         {"collection_id": self.collection.id, "source_id": self._source_id, "size": 1, "mtime_ns": 1,
                          "path": str(self._num_added), "sha256": digest, "status": "ok", "generation": generation}
                     )  # fmt: skip
-                    embeddings.append(
-                        {"sha256": digest, "model_id": self.collection.model_id, "kind": "cls", "region": "full",
+                    embeddings += [
+                        {"sha256": digest, "model_id": self.collection.model_id, "kind": kind, "region": "full",
                          "vector": vector_D.tobytes()}
-                    )  # fmt: skip
+                        for kind in (("cls", "gem") if with_gem else ("cls",))
+                    ]  # fmt: skip
                     self._num_added += 1
                 session.execute(insert(ImageRow), images)
                 session.execute(insert(EmbeddingRow), embeddings)

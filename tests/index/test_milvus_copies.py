@@ -52,7 +52,7 @@ def whitened(seed: int = 1) -> CopyDescriptor:
     rng = np.random.default_rng(seed)
     mean_D, projection_DD = rng.normal(0, 0.1, 2 * DIM), rng.normal(size=(2 * DIM, 2 * DIM))
     whitening = Whitening(mean_D.astype(np.float32), projection_DD.astype(np.float32))
-    background = CopyDescriptor().vectors(rng.normal(size=(100, DIM)), rng.normal(size=(100, DIM)))
+    background = CopyDescriptor().vectors(*views(100, seed))
     return CopyDescriptor(whitening=whitening, background_BC=background)
 
 
