@@ -347,14 +347,18 @@ def test_the_service_outlasts_a_server_that_is_killed(
         def search() -> httpx.Response:
             return service.http.post("/search", files={"image": picture})
 
-        assert search().status_code == 200
+        def copies() -> httpx.Response:
+            return service.http.post("/copies", files={"image": picture}, data={"copy_score": "0.5"})
+
+        assert (search().status_code, copies().status_code) == (200, 200)
         milvus.kill()
-        answer = search()
-        assert is_problem(answer, 503, "vector-store-unavailable")
-        assert int(answer.headers["Retry-After"]) > 0
+        for answer in (search(), copies()):
+            assert is_problem(answer, 503, "vector-store-unavailable")
+            assert int(answer.headers["Retry-After"]) > 0
         assert service.http.get("/collections").status_code == 200
         milvus.start()
         assert waits_until(lambda: search().status_code == 200, 60)
+        assert copies().status_code == 200
 
 
 @pytest.mark.slow
