@@ -31,7 +31,8 @@ from dino_training.evaluation.few_labels import FewLabelsOptions, evaluate_few_l
 from dino_training.evaluation.knn import evaluate_knn
 from dino_training.evaluation.labelled_images import LabelledImages
 from dino_training.evaluation.plots import draw_lines
-from dino_training.pretraining import RECIPE, WEIGHTS, Progress
+from dino_training.export import WEIGHTS
+from dino_training.pretraining import RECIPE, Progress
 from dino_training.run_log import METRICS
 from dino_training.sheets import NUM_ATTENTION_IMAGES, draw_attention
 from dino_training.views import normalise

@@ -122,7 +122,7 @@ def _load(
 
 
 def _print_summary(summary: RunSummary) -> None:
-    from dino_training.pretraining import BEST_WEIGHTS, WEIGHTS
+    from dino_training.export import BEST_WEIGHTS, WEIGHTS
 
     print_line(f"{summary.status} after {summary.num_steps} steps, {summary.images_seen:,} images seen")
     if summary.num_unreadable:

@@ -27,7 +27,7 @@ from dino_index.errors import (
 from dino_training import Recipe, RunSummary, load_recipe, losses, pretrain
 from dino_training.batches import Batch
 from dino_training.checkpoints import list_checkpoints
-from dino_training.pretraining import BEST_WEIGHTS, WEIGHTS
+from dino_training.export import BEST_WEIGHTS, WEIGHTS
 from dino_training.probe import Figures, Probe
 from sample_collections import save_tiny_model, write_pictures
 from tiny_runs import (

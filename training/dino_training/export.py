@@ -18,6 +18,11 @@ from dino_index.model_files import METADATA_KEY
 from dino_training.networks import architecture_args, build_backbone
 from dino_training.recipe import Recipe
 
+WEIGHTS = "backbone.safetensors"
+"""In a run's folder: the last weights."""
+BEST_WEIGHTS = "best.safetensors"
+"""Those with the best figure on the way."""
+
 
 def export_backbone(backbone: nn.Module, recipe: Recipe, path: Path, card: dict[str, Any]) -> None:
     """Writes the backbone's weights (float32) with everything needed to use them, under a temporary name first.

@@ -13,28 +13,26 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dino_index.allocator import keep_freed_memory
-from dino_index.backbones import choose_device, fastest_dtype, load_model
+from dino_index.backbones import choose_device
 from dino_index.descriptors import descriptors
-from dino_index.errors import OutputUnwritable, RecipeError, RunError, RunExists, TooFewImages, TrainingDiverged
-from dino_index.model_files import ModelSpec, resolve_model
+from dino_index.errors import OutputUnwritable, RecipeError, TooFewImages, TrainingDiverged
 from dino_training import losses
 from dino_training.batches import Batch, BatchLoader
 from dino_training.center import Center
-from dino_training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from dino_training.checkpoints import save_checkpoint
 from dino_training.collapse import CollapseWatch
 from dino_training.distributed import Processes, joined
-from dino_training.export import export_backbone, same_architecture
+from dino_training.export import BEST_WEIGHTS, WEIGHTS, export_backbone
 from dino_training.frozen_teacher import prepare_teacher, stored_embeddings
 from dino_training.image_source import ImageSource
 from dino_training.networks import (
@@ -47,23 +45,23 @@ from dino_training.networks import (
     use_attention,
 )
 from dino_training.probe import Figures, Probe
-from dino_training.recipe import Recipe, recipe_from, save_recipe
+from dino_training.recipe import Recipe, save_recipe
 from dino_training.report import write_report
 from dino_training.run_log import METRICS, RunLog
+from dino_training.run_start import (
+    CONVERTED,
+    begin_or_resume,
+    choose_precision,
+    initial_spec,
+    load_initial_weights,
+    resumed_recipe,
+    wants_fused_attention,
+)
 from dino_training.schedules import cosine, linear, scaled_learning_rate
 from dino_training.snapshots import save_attention, save_views
 from dino_training.views import normalise
 
-WEIGHTS = "backbone.safetensors"
-BEST_WEIGHTS = "best.safetensors"
 RECIPE = "recipe.yaml"
-# Folder in a run for what a PyTorch checkpoint to start from is converted into.
-_CONVERTED = "init"
-# What a resumed run may change: the machine, how the run is watched, and how long it is.
-_CHANGEABLE = frozenset(
-    "name epochs device precision attention compile workers cache_gb evaluate_every_epochs num_evaluated"
-    " save_every_minutes log_every_steps gradient_checkpointing gradient_accumulation".split()
-)
 _MAX_SKIPPED_IN_A_ROW = 5
 
 
@@ -151,18 +149,18 @@ class Training:
         self.warnings: list[str] = []
         self.last_figures: Figures | None = None
         self._shown: dict[str, float | None] = {}
-        state = _begin(run, resume, processes, on_remark)
+        state = begin_or_resume(run, resume, processes, on_remark)
         if device.type == "cpu":
             keep_freed_memory()
 
         # -- images, and what depends on their number
-        spec = _initial_spec(init, recipe, run / _CONVERTED, on_remark) if init is not None and state is None else None
+        spec = initial_spec(init, recipe, run / CONVERTED, on_remark) if init is not None and state is None else None
         if spec is not None and (recipe.mean, recipe.std) != (spec.mean, spec.std):
             recipe = replace(recipe, mean=spec.mean, std=spec.std)
             on_remark(f"pixels are normalised as {init} has them: mean {spec.mean}, std {spec.std}")
         self.source = ImageSource.open([str(path) for path in paths], labels=recipe.labels)
         if state is not None:
-            recipe = _resumed_recipe(state, recipe, self.source)
+            recipe = resumed_recipe(state, recipe, self.source)
             on_remark(f"going on from step {state['step']}")
         else:
             recipe, remarks = recipe.resolve(len(self.source), from_weights=init is not None)
@@ -202,11 +200,11 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.student = Network(build_backbone(recipe, student=True), recipe, predictor=recipe.predictor)
         if spec is not None:
-            _load_initial_weights(self.student.backbone, spec)
+            load_initial_weights(self.student.backbone, spec)
         self.student.to(device)
         self.teacher = Teacher(self.student, recipe)
         for network in (self.student, self.teacher.network):
-            use_attention(network.backbone, fused=_wants_fused(recipe, device))
+            use_attention(network.backbone, fused=wants_fused_attention(recipe, device))
         if recipe.gradient_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         width = recipe.num_prototypes if recipe.uses_prototypes else recipe.head_bottleneck
@@ -223,7 +221,7 @@ class Training:
             "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
         }
         self.optimizer = optimizers[recipe.optimizer](parameter_groups(self.student))
-        self.precision = _choose_precision(recipe, device)
+        self.precision = choose_precision(recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.step = 0
         self.before: Figures | None = None
@@ -717,78 +715,6 @@ class Training:
     def close(self) -> None:
         if self.processes.is_first:
             self.log.close()
-
-
-def _begin(run: Path, resume: bool, processes: Processes, on_remark: Callable[[str], None]) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None for a new run in a folder that can be written."""
-    # Started anew by torchrun, the command that goes on must also be the one that begins.
-    if resume and (list_checkpoints(run) or not processes.is_launched):
-        return load_checkpoint(run, on_remark)
-    try:
-        if list_checkpoints(run) or (run / WEIGHTS).exists():
-            raise RunExists(f"{run} holds a run already; go on with it by --resume, or choose another --out")
-        processes.wait()
-        if processes.is_first:
-            run.mkdir(parents=True, exist_ok=True)
-            probe = run / ".writable"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise OutputUnwritable(f"{run} cannot be written: {error.strerror}; choose another --out") from error
-    return None
-
-
-def _resumed_recipe(state: dict[str, Any], recipe: Recipe, source: ImageSource) -> Recipe:
-    """The run's own recipe with the changes that a resumed run may make. Raises RecipeError, RunError."""
-    saved = recipe_from(yaml.safe_load(state["recipe"]), "the checkpoint")
-    if source.digest != state["images"]:
-        raise RunError(
-            "the images are not those that the run began with; resume with the same ones, "
-            f"or start a new run from the weights so far: --init RUN/{WEIGHTS}"
-        )
-    # What was chosen when the run began is chosen again, so that the command that began it also goes on with it.
-    resolved, _ = recipe.resolve(len(source), from_weights=state["started_from"] is not None)
-    not_compared = set(_CHANGEABLE)
-    not_compared |= {"mean", "std"} if state["started_from"] is not None else set()  # as the weights have them
-    not_compared |= {"head_bottleneck"} if saved.teacher == "frozen" else set()  # as many as the teacher has components
-    for key in (field.name for field in fields(Recipe) if field.name not in not_compared):
-        was, asked = getattr(saved, key), getattr(recipe, key)
-        if was not in (asked, getattr(resolved, key)):
-            raise RecipeError(
-                f"a resumed run keeps its recipe: {key} was {was!r}, found {asked!r}; "
-                "leave out --recipe and --set to keep all of it"
-            )
-    return replace(saved, **{key: getattr(resolved, key) for key in _CHANGEABLE})
-
-
-def _initial_spec(init: str | Path, recipe: Recipe, converted: Path, on_remark: Callable[[str], None]) -> ModelSpec:
-    """The weights to start from, for the size of the global views. Raises ModelError, RecipeError, OutputUnwritable.
-
-    converted: folder for what a PyTorch checkpoint is converted into.
-    """
-    spec = resolve_model(init, models=converted, on_remark=on_remark)
-    if difference := same_architecture(recipe, spec.architecture, spec.architecture_args):
-        raise RecipeError(f"the weights {init} do not fit the recipe's backbone: {difference}; --set the recipe's")
-    return replace(spec, input_size=recipe.global_size)
-
-
-def _load_initial_weights(backbone: nn.Module, spec: ModelSpec) -> None:
-    values = load_model(spec).state_dict()
-    backbone.load_state_dict({name: values[name] for name in backbone.state_dict()}, strict=True)
-
-
-def _wants_fused(recipe: Recipe, device: torch.device) -> bool:
-    return device.type == "cuda" if recipe.attention == "auto" else recipe.attention == "fused"
-
-
-def _choose_precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """What the forward pass computes in; `auto` takes what is faster in training."""
-    if recipe.precision != "auto":
-        chosen: torch.dtype = getattr(torch, recipe.precision)
-        return chosen
-    fastest = fastest_dtype(device)
-    # Old GPUs multiply float16 faster; gradients then need the scaler.
-    return torch.float16 if device.type == "cuda" and fastest == torch.float32 else fastest
 
 
 def _spread(projections_BC: Tensor) -> Tensor:

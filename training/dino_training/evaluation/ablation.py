@@ -27,10 +27,10 @@ from dino_training.evaluation.features import FeatureStore, StrPath
 from dino_training.evaluation.knn import KnnOptions, evaluate_knn
 from dino_training.evaluation.plots import Bar, draw_bars
 from dino_training.evaluation.results import EvaluationResult, Figure
-from dino_training.export import export_backbone
+from dino_training.export import WEIGHTS, export_backbone
 from dino_training.image_source import ImageSource
 from dino_training.networks import build_backbone
-from dino_training.pretraining import WEIGHTS, Progress, pretrain
+from dino_training.pretraining import Progress, pretrain
 from dino_training.recipe import Recipe
 
 RANDOM = "random"
