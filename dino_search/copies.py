@@ -190,13 +190,15 @@ def load_references(
     collection: CollectionInfo,
     descriptor: CopyDescriptor,
     detection: DetectionOptions,
+    before: CopyReferences | None = None,
 ) -> CopyReferences:
     """What queries are compared with, from where the collection's vectors are searched.
 
-    A vector server holds whole images, whitened; anything else is read from the catalog. Raises CatalogErrors.
+    A vector server holds whole images, whitened; anything else is read from the catalog.
+    before: loaded from this catalog at an earlier time. Raises CatalogErrors.
     """
     if detection.regions != "both" and detection.whitening:
-        return vector_store_of(catalog).load_copies(session, collection, descriptor)
+        return vector_store_of(catalog).load_copies(session, collection, descriptor, before)
     references = load_copy_vectors(session, collection, descriptor)
     if detection.regions == "both":
         parts = load_region_vectors(session, collection, descriptor)
@@ -219,10 +221,13 @@ class CopyFinder:
         options: CopiesOptions,
         *,
         refit: bool = False,
+        before: CopyFinder | None = None,
         on_remark: Callable[[str], None] = lambda remark: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """refit: learn whitening and background anew. Raises CollectionEmpty, ModelError, CatalogErrors."""
+        """refit: learn whitening and background anew. before: of an earlier state; its vectors are used again.
+
+        Raises CollectionEmpty, ModelError, CatalogErrors."""
         self.catalog = catalog
         self.collection = collection
         self.options = options
@@ -242,8 +247,11 @@ class CopyFinder:
                 catalog, collection, backbone, limits=options.limits, on_remark=on_remark, on_progress=on_progress
             )
         with catalog.reading() as session:
-            references = load_references(catalog, session, collection, self.descriptor, options.detection)
-        self.search = CopySearch(references, self.descriptor)
+            self.references: CopyReferences = load_references(
+                catalog, session, collection, self.descriptor, options.detection,
+                before=before.references if before is not None and before.catalog is catalog else None,
+            )  # fmt: skip
+        self.search = CopySearch(self.references, self.descriptor)
         # Not a method: a circle of references would keep all vectors until the collector of circles comes round.
         load_reference = partial(_load_reference, catalog, self._side, options.limits)
         self.detector = CopyDetector(backbone, self.search, load_reference, options.detection)

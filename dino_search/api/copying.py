@@ -127,7 +127,8 @@ class Copying:
         key = present.id, present.model_id, options
         prepared = self._finders.get(key)
         if prepared is None or prepared.generation != generation or prepared.finder.catalog is not catalog:
-            finder = CopyFinder(catalog, present, backbone, self._engine.models, options)
+            before = prepared.finder if prepared is not None else None
+            finder = CopyFinder(catalog, present, backbone, self._engine.models, options, before=before)
             prepared = _Prepared(finder, generation)
             self._finders[key] = prepared
         self._finders.move_to_end(key)

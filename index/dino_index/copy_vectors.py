@@ -22,16 +22,20 @@ from dino_index.snapshots import Vectors
 _ROWS_PER_FETCH = 8192
 
 
-def load_copy_vectors(session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> Vectors:
-    """Copy vectors of readable images, by id. Read in parts: at no time are there two copies of all vectors.
+def load_copy_vectors(
+    session: Session, collection: CollectionInfo, descriptor: CopyDescriptor, *, after_generation: int = -1
+) -> Vectors:
+    """Copy vectors of readable images that got theirs after a generation, by id.
+
+    Read in parts: at no time are there two copies of all vectors.
 
     Raises CatalogUnavailable for an image without a whole [CLS] and GeM vector.
     """
-    num_images = _count_readable(session, collection)
+    num_images = _count_readable(session, collection, after_generation)
     ids_N = np.empty(num_images, np.int64)
     vectors_NC = np.empty((num_images, copy_dim(collection, descriptor)), np.float32)
     begin = 0
-    for ids, _, vectors_PC in copy_parts(session, collection, descriptor):
+    for ids, _, vectors_PC in copy_parts(session, collection, descriptor, after_generation):
         end = begin + len(ids)
         ids_N[begin:end] = ids
         vectors_NC[begin:end] = vectors_PC

@@ -23,6 +23,7 @@ from dino_index.catalog import Catalog, CollectionRow, ImageRow, RemovalRow, Sto
 from dino_index.catalog.schema import CURRENT, DROPPED, FILLING
 from dino_index.collections import CollectionInfo, check_model, find_collection, generation_of, hold_model, option_for
 from dino_index.copy_descriptors import CopyDescriptor
+from dino_index.copy_search import CopyReferences
 from dino_index.errors import CatalogUnavailable, DinoSearchError, IndexTypeInvalid, VectorStoreUnavailable
 from dino_index.index_type_names import FLAT, NAMED_INDEX_TYPES
 from dino_index.milvus_comparison import find_difference
@@ -102,7 +103,13 @@ class MilvusStore:
     def load(self, session: Session, collection: CollectionInfo) -> MilvusIndex:
         return self._load(session, collection, _SEARCH)
 
-    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> ServedReferences:
+    def load_copies(
+        self,
+        session: Session,
+        collection: CollectionInfo,
+        descriptor: CopyDescriptor,
+        before: CopyReferences | None = None,
+    ) -> ServedReferences:
         return ServedReferences(self._load(session, collection, CopyVectors(descriptor)))
 
     def keep_up(self, collection: CollectionInfo) -> None:

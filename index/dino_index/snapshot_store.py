@@ -14,6 +14,7 @@ from dino_index.index_type_names import AUTO, NAMED_INDEX_TYPES
 
 if TYPE_CHECKING:
     from dino_index.copy_descriptors import CopyDescriptor
+    from dino_index.copy_search import CopyReferences
     from dino_index.held_references import HeldReferences
     from dino_index.vector_index import VectorIndex
 
@@ -51,12 +52,28 @@ class SnapshotStore:
 
         return VectorIndex.load(self._catalog, session, collection)
 
-    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> HeldReferences:
+    def load_copies(
+        self,
+        session: Session,
+        collection: CollectionInfo,
+        descriptor: CopyDescriptor,
+        before: CopyReferences | None = None,
+    ) -> HeldReferences:
         """From the catalog: there is no file of copy vectors."""
-        from dino_index.copy_vectors import load_copy_vectors
-        from dino_index.held_references import HeldReferences
+        from dino_index.copy_vectors import load_copy_vectors, readable_ids
+        from dino_index.held_references import HeldReferences, Origin
+        from dino_index.vector_kinds import CopyVectors
 
-        return HeldReferences(load_copy_vectors(session, collection, descriptor))
+        origin = Origin(
+            collection_id=collection.id,
+            model_id=collection.model_id,
+            whitening_sha256=CopyVectors(descriptor).whitening_sha256,
+            generation=generation_of(session, collection),
+        )
+        if not isinstance(before, HeldReferences) or before.origin is None or not origin.continues(before.origin):
+            return HeldReferences(load_copy_vectors(session, collection, descriptor), origin)
+        changed = load_copy_vectors(session, collection, descriptor, after_generation=before.origin.generation)
+        return before.updated(readable_ids(session, collection), changed, origin)
 
     def keep_up(self, collection: CollectionInfo) -> None:
         pass  # searches read what is new from the catalog

@@ -71,8 +71,17 @@ class VectorStore(Protocol):
         """The vectors as `session` sees the collection."""
         ...
 
-    def load_copies(self, session: Session, collection: CollectionInfo, descriptor: CopyDescriptor) -> CopyReferences:
-        """What copies are compared with, as `session` sees the collection."""
+    def load_copies(
+        self,
+        session: Session,
+        collection: CollectionInfo,
+        descriptor: CopyDescriptor,
+        before: CopyReferences | None = None,
+    ) -> CopyReferences:
+        """What copies are compared with, as `session` sees the collection.
+
+        before: loaded from this catalog at an earlier time; what it has need not be read again.
+        """
         ...
 
     def keep_up(self, collection: CollectionInfo) -> None:
