@@ -18,8 +18,8 @@ from dino_index.collections import CollectionInfo, count_images, find_collection
 from dino_index.errors import CatalogError, CollectionNotFound, ImageError, ModelNotNamed, SourceNotFound
 from dino_index.image_paths import absolute_path, is_below
 from dino_index.indexing import IndexOptions, IndexSummary, Progress, index_paths
-from dino_index.model_files import ModelSpec, Pooling, resolve_model
-from dino_index.model_store import models_folder, resolve_default
+from dino_index.model_files import ModelSpec, Pooling
+from dino_index.model_store import models_folder
 from dino_index.recording import remove_images
 from dino_index.vector_stores import vector_store_of
 from dino_search.home import default_database, default_home, default_vector_store
@@ -104,12 +104,11 @@ class Collection:
         Raises ModelError.
         """
         place, url = Path(home) if home is not None else default_home(), database or default_database()
-        options: dict[str, Any] = {"pooling": pooling or "normalised", "input_size": input_size}
         spec = None
-        if model is not None:
-            spec = resolve_model(model, models=models_folder(place), on_remark=on_remark, **options)
-        elif pooling is not None or input_size is not None:
-            spec = resolve_default(Models(place, url).default(), place, **options)
+        if not (model is None and pooling is None and input_size is None):
+            spec = Models(place, url).resolve(
+                model, pooling=pooling or "normalised", input_size=input_size, on_remark=on_remark
+            )
         store = vector_store or default_vector_store()
         opened = cls(place, name, spec, device=device, database=url, vector_store=store)
         opened._is_model_named = model is not None
@@ -153,7 +152,7 @@ class Collection:
             self.name,
             paths,
             self._model,
-            lambda: resolve_default(Models(self.home, self._database).default(), self.home),
+            Models(self.home, self._database).resolve,
             options or IndexOptions(),
             device=self._device,
             on_progress=on_progress,
@@ -183,11 +182,8 @@ class Collection:
         return reindex_collection(
             catalog,
             collection,
-            resolve_model(
-                model,
-                models=models_folder(self.home),
-                pooling=pooling or collection.model_config["pooling"],
-                on_remark=on_remark,
+            Models(self.home, self._database).resolve(
+                model, pooling=pooling or collection.model_config["pooling"], on_remark=on_remark
             ),
             options or ReindexOptions(),
             device=self._device,
@@ -470,7 +466,7 @@ class Collection:
             with catalog.reading() as session:
                 collection = find_collection(session, self.name)
         except CollectionNotFound:
-            spec = self._model or resolve_default(Models(self.home, self._database).default(), self.home)
+            spec = self._model or Models(self.home, self._database).resolve()
             backbone = Backbone(spec, device=self._device)
             descriptor = (shipped_descriptor(spec.weights_path) or CopyDescriptor()).switched(
                 whitening=options.detection.whitening, normalisation=options.detection.normalisation

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dino_index.catalog import Catalog
-from dino_index.model_files import BUNDLED, ModelSpec, resolve_model
+from dino_index.model_files import BUNDLED, ModelSpec, Pooling, resolve_model
 from dino_index.model_store import (
     StoredModel,
     default_model,
@@ -45,15 +45,19 @@ class Models:
 
     def resolve(
         self,
-        model: str | None,
+        model: str | os.PathLike[str] | None = None,
         *,
+        pooling: Pooling = "normalised",
         input_size: int | None = None,
         on_remark: Callable[[str], None] = lambda remark: None,
     ) -> ModelSpec:
         """What `--model` names, None being the home's default. Raises ModelError, OutputUnwritable, CatalogError."""
         if model is None:
-            return resolve_default(self.default(), self.home, input_size=input_size)
-        return resolve_model(model, input_size=input_size, models=models_folder(self.home), on_remark=on_remark)
+            return resolve_default(self.default(), self.home, pooling=pooling, input_size=input_size)
+        return resolve_model(
+            os.fspath(model), pooling=pooling, input_size=input_size, models=models_folder(self.home),
+            on_remark=on_remark,
+        )  # fmt: skip
 
     def get(
         self,
