@@ -16,7 +16,7 @@ import pytest
 
 from bad_files import encoded, make_bad_files, picture
 from commands_in_process import Command, Ended
-from dino_search import demonstration
+from dino_search import cli, demonstration
 from sample_collections import ids_of, write_pictures
 
 
@@ -520,3 +520,16 @@ def test_relocate_rewrites_paths_and_says_what_it_looked_for(
     assert dino_search("index", new, "--json").json()["skipped"] == 8
     back = dino_search("relocate", new, filled, "--yes", "-c", "default", "--json").json()
     assert back == {"images": 8, "collections": ["default"], "checked": 8, "missing": 8, "changed": 0}
+
+
+def test_ctrl_c_before_there_is_a_command_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", be_interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; what was recorded before stays\n"
