@@ -6,6 +6,7 @@ process, without the seconds that those imports take.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -21,11 +22,17 @@ _FORK_SERVER = multiprocessing.get_context("forkserver")
 _FORK_SERVER.set_forkserver_preload(
     [
         "alembic.command",
+        "alembic.config",
         "dino_index.backbones",
         "dino_index.integrity",
+        "dino_index.snapshots",
         "dino_search.cli",
         "dino_search.collection",
+        "dino_search.copies",
+        "dino_search.duplicates",
+        "dino_search.neighbours",
         "dino_training.pretraining",
+        "pydantic.type_adapter",  # for typer
     ]
 )
 
@@ -102,6 +109,7 @@ class CommandLine:
 def _run_command(
     arguments: Sequence[str], outputs: Sequence[Path], environment: dict[str, str], prepare: Callable[[], None] | None
 ) -> None:
+    gc.freeze()  # to look through all that was imported, again and again, takes longer than most commands
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
