@@ -4,6 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Tests run in as many processes as there are processors, four at most: one may take 3 GB with the servers that it starts.
+# One after the other: make TEST_PROCESSES=0 test
+TEST_PROCESSES ?= logical
+# A file's tests stay together and share what it sets up; tests/conftest.py says which files begin. A process that shares
+# the processors computes with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --maxprocesses=4 \
+  --dist=loadfile --no-loadscope-reorder
+
 # Each stamp says that .venv holds what the pyproject.toml of that moment asks for.
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
@@ -15,10 +23,10 @@ demo: $(RUNTIME)
 	@$(BIN)/dino-search demo
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(DEV)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import random
@@ -32,13 +33,32 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+# Half a minute to minutes each.
+_LONG_FILES = {
+    "test_survival.py", "test_learning.py", "test_replicas.py", "test_milvus_store.py", "test_vector_index.py",
+    "test_jobs.py", "test_models_command.py", "test_reindex_command.py", "test_copies_command.py", "test_web_page.py",
+    "test_pretrain_command.py", "test_service_operation.py", "test_openapi_conformance.py", "test_ray_engine.py",
+    "test_packaging.py",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of what takes seconds in Milvus, the quick tests run one kind and seed, beside SQLite."""
+    """Of what takes seconds in Milvus, the quick tests run one kind and seed, beside SQLite.
+
+    Where several processes share the files, the long ones begin, so that all processes end at about the same time.
+    """
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         is_further = given.get("database") == "postgresql" or given.get("seed", 0) > 0 or given.get("kind") == "coarse"
         if given.get("vector_store") == "milvus" and is_further:
             item.add_marker("slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in _LONG_FILES)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected up to here stays: to look through it for garbage is a twentieth of the time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

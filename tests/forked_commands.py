@@ -6,6 +6,7 @@ process, without the seconds that those imports take.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -21,11 +22,18 @@ _FORK_SERVER = multiprocessing.get_context("forkserver")
 _FORK_SERVER.set_forkserver_preload(
     [
         "alembic.command",
+        "alembic.config",
         "dino_index.backbones",
         "dino_index.integrity",
+        "dino_index.snapshots",
+        "dino_search.api.serving",
         "dino_search.cli",
         "dino_search.collection",
+        "dino_search.copies",
+        "dino_search.duplicates",
+        "dino_search.neighbours",
         "dino_training.pretraining",
+        "pydantic.type_adapter",  # for typer
     ]
 )
 
@@ -78,11 +86,11 @@ class CommandLine:
         """Starts a command. prepare: called in its process before; a function of a module that can be imported."""
         self._folder.mkdir(exist_ok=True)
         outputs = [self._folder / f"{len(self._started)}.{name}" for name in ("stdout", "stderr")]
-        process = _FORK_SERVER.Process(
-            target=_run_command, args=([str(item) for item in arguments], outputs, dict(os.environ), prepare)
-        )
         # One thread computes: on a busy machine two that wait for each other are slower than one.
         with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when the server starts
+            process = _FORK_SERVER.Process(
+                target=_run_command, args=([str(item) for item in arguments], outputs, dict(os.environ), prepare)
+            )
             process.start()
         running = Running(process, *outputs)
         self._started.append(running)
@@ -102,6 +110,8 @@ class CommandLine:
 def _run_command(
     arguments: Sequence[str], outputs: Sequence[Path], environment: dict[str, str], prepare: Callable[[], None] | None
 ) -> None:
+    gc.freeze()  # to look through all that was imported, again and again, takes longer than most commands
+    os.environ.clear()  # of what the test had that started the server
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)

@@ -131,11 +131,11 @@ def find_server_program() -> Path:
 
 
 def _can_separate() -> bool:
-    name = f"dino-try-{os.getpid()}"
+    name = f"try{os.getpid()}"  # names of links have 15 letters at most
     try:
         _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", name[:15], "type", "veth", "peer", "name", "s" + name[:14])
-        _run("ip", "link", "delete", name[:15])
+        _run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-s")
+        _run("ip", "link", "delete", name)
     except (OSError, subprocess.CalledProcessError):
         return False
     _run("ip", "netns", "delete", name)

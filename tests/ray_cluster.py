@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,10 +30,14 @@ def running_cluster(*cpus: int) -> Iterator[Cluster]:
     ):
         # By itself Ray has its workers wait for whatever else the machine does.
         environment.setenv("RAY_worker_niceness", "0")
+        # There Ray notes which cluster was started last, for whoever names none; other processes have their own.
+        environment.setenv("RAY_TMPDIR", folder)
+        temp_dir = Path(folder, "ray")
+        temp_dir.mkdir()
         head = {"num_cpus": cpus[0], "num_gpus": 0, "object_store_memory": _OBJECT_STORE_BYTES}
         cluster = Cluster(
             initialize_head=True,
-            head_node_args=head | {"node_ip_address": address, "include_dashboard": False, "temp_dir": folder},
+            head_node_args=head | {"node_ip_address": address, "include_dashboard": False, "temp_dir": str(temp_dir)},
         )
         try:
             for number in cpus[1:]:

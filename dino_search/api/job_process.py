@@ -105,6 +105,7 @@ class _Job:
             device=cast("Device", task.device),
         )
         with opened:
+            self._stop_if_asked()  # meanwhile: what was imported up to here takes seconds
             return {"index": self._index, "copies": self._copies, "duplicates": self._duplicates}[task.kind](opened)
 
     def _index(self, opened: Collection) -> dict[str, Any]:

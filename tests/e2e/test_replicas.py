@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.postgres, pytest.mark.skipif(os.name != "posix", reaso
 
 NUM_IMAGES = 24
 NUM_CLIENTS = 6
-NUM_JOBS = 6
+NUM_JOBS = 4
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -37,7 +38,9 @@ from dino_index.errors import (
     TooManyJobs,
     UploadRefused,
 )
+from dino_search.api import job_process
 from dino_search.api.access import AccessControl
+from dino_search.api.job_process import JobTask
 from dino_search.api.job_requests import JOB_REQUEST
 from dino_search.api.job_runner import JobRunner
 from dino_search.api.jobs import FILES, JobOptions, Jobs
@@ -559,6 +562,18 @@ def test_a_job_whose_process_somebody_else_stops_begins_again(
         job = wait_for(jobs, 1)
     assert (job["status"], job["result"]["images"]) == ("done", NUM_MANY)
     assert job["result"]["skipped"] > 0
+
+
+def test_a_job_that_is_told_to_end_while_it_starts_does_nothing(home: Path, photos: Path) -> None:
+    task = JobTask(
+        job_id=1, kind="index", home=str(home), database=None, collection="default", options={}, inputs=[str(photos)],
+        allowed_folders=[str(photos)], report=str(home / "report"), max_pixels=10**6, max_bytes=10**6,
+    )  # fmt: skip
+    job = job_process._Job(task, job_process._Teller(io.StringIO()))
+    job.is_stopping = True
+    with pytest.raises(job_process._Stopped):
+        job.run()
+    assert not home.exists()
 
 
 def test_the_routes_are_described(idle: Service) -> None:

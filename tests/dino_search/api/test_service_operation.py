@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from dino_search.api.batching import ForwardPasses
+from forked_commands import CommandLine
 from live_servers import waits_until
 from running_service import RunningService, is_problem, running_service
 from sample_collections import index_files, jpeg, write_pictures
@@ -139,13 +140,13 @@ def test_what_another_process_indexes_is_found_by_the_next_search(
 ) -> None:
     home = own_service.engine.settings.home
     write_pictures(tmp_path / "more", "new.jpg", seed=330)
-    command = [sys.executable, "-m", "dino_search"]
-    subprocess.run([*command, "index", tmp_path / "more", "--home", home], check=True, capture_output=True)
+    commands = CommandLine(tmp_path / "commands")
+    assert commands.run("index", tmp_path / "more", "--home", home).exit_code == 0
     found = search(own_service, 330).json()["results"][0]
     assert (found["score"], Path(found["path"]).name) == (1.0, "new.jpg")
-    subprocess.run([*command, "remove", tmp_path / "more", "--home", home], check=True, capture_output=True)
+    assert commands.run("remove", tmp_path / "more", "--home", home).exit_code == 0
     assert "new.jpg" not in {Path(each["path"]).name for each in search(own_service, 330).json()["results"]}
-    subprocess.run([*command, "compact", "--home", home], check=True, capture_output=True)
+    assert commands.run("compact", "--home", home).exit_code == 0
     assert len(search(own_service, 330).json()["results"]) == 8
 
 
