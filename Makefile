@@ -4,12 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Tests run in as many processes as there are processors, four at most: one may take 3 GB with the servers that it starts.
-# One after the other: make TEST_PROCESSES=0 test
-TEST_PROCESSES ?= logical
+# Tests run in a process more than there are processors, as some wait for the servers that they start; in four at most, as
+# one may take 3 GB with its servers. One after the other: make TEST_PROCESSES=0 test
+TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 # A file's tests stay together and share what it sets up; tests/conftest.py says which files begin. A process that shares
 # the processors computes with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --maxprocesses=4 \
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) \
   --dist=loadfile --no-loadscope-reorder
 
 # Each stamp says that .venv holds what the pyproject.toml of that moment asks for.

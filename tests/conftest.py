@@ -35,10 +35,10 @@ settings.load_profile("repeatable")
 
 # Half a minute to minutes each.
 _LONG_FILES = {
-    "test_survival.py", "test_learning.py", "test_replicas.py", "test_milvus_store.py", "test_vector_index.py",
-    "test_jobs.py", "test_models_command.py", "test_reindex_command.py", "test_copies_command.py", "test_web_page.py",
-    "test_pretrain_command.py", "test_service_operation.py", "test_openapi_conformance.py", "test_ray_engine.py",
-    "test_packaging.py",
+    "test_survival.py", "test_learning.py", "test_replicas.py", "test_milvus_store.py", "test_milvus_copies.py",
+    "test_vector_index.py", "test_jobs.py", "test_models_command.py", "test_reindex_command.py",
+    "test_copies_command.py", "test_web_page.py", "test_pretrain_command.py", "test_service_operation.py",
+    "test_openapi_conformance.py", "test_ray_engine.py", "test_packaging.py",
 }  # fmt: skip
 
 

@@ -38,8 +38,12 @@ def server(milvus: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 def shelf(server: Server, home: Path) -> VectorShelf:
     shelf = VectorShelf(home, DIM)
     shelf.put(**many(60))
-    vector_store_of(shelf.catalog).settle(shelf.collection)
     return shelf
+
+
+def settle(shelf: VectorShelf) -> None:
+    """What the end of a run of `index` does."""
+    vector_store_of(shelf.catalog).settle(shelf.collection)
 
 
 def many(number: int, prefix: str = "", seed: int = 0) -> dict[str, NDArray[np.float16]]:
@@ -104,14 +108,18 @@ def problem(shelf: VectorShelf) -> str | None:
     return vector_store_of(shelf.catalog).problem(shelf.collection)
 
 
-@pytest.mark.parametrize("descriptor", [CopyDescriptor(), whitened()], ids=["plain", "whitened"])
+@pytest.mark.parametrize(
+    "descriptor", [pytest.param(CopyDescriptor(), marks=pytest.mark.slow), whitened()], ids=["plain", "whitened"]
+)
 def test_candidates_are_those_of_a_search_in_memory(shelf: VectorShelf, descriptor: CopyDescriptor) -> None:
     assert len(views(5)[0]) == 5
     assert_right(shelf, descriptor)
     assert_right(shelf, descriptor, k=100)  # more than there are
 
 
-@pytest.mark.parametrize("index_type", ["hnsw", "ivf", pytest.param("ivfpq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "index_type", ["hnsw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ivf", "ivfpq"))]
+)
 def test_approximate_types_find_them_too(server: Server, home: Path, index_type: str) -> None:
     shelf = VectorShelf(home, DIM, index_type)
     shelf.put(**many(3000))
@@ -135,6 +143,7 @@ def test_more_candidates_than_one_answer_holds_are_fetched_in_pages(
 
 def test_every_change_is_found_at_once(shelf: VectorShelf) -> None:
     descriptor = whitened()
+    settle(shelf)
     assert_right(shelf, descriptor)
     shelf.put(**many(10, "new", seed=2), **many(3, seed=3))
     assert_right(shelf, descriptor)
@@ -148,7 +157,7 @@ def test_the_end_of_a_run_brings_them(shelf: VectorShelf, server: Server) -> Non
     descriptor = whitened()
     assert_right(shelf, descriptor)
     shelf.put(**many(10, "new", seed=2))
-    vector_store_of(shelf.catalog).settle(shelf.collection)
+    settle(shelf)
     with shelf.catalog.reading() as session:
         known = set(session.scalars(select(StoredVectorsRow.generation)))
         assert known == {session.get_one(CollectionRow, shelf.collection.id).generation}
@@ -170,6 +179,7 @@ def test_nothing_is_stored_before_copies_are_looked_for(shelf: VectorShelf, serv
 
 
 def test_another_whitening_has_them_stored_anew(shelf: VectorShelf, server: Server) -> None:
+    settle(shelf)
     assert_right(shelf, whitened())
     before = name_of(shelf)
     background = whitened(seed=2).background_BC
@@ -181,7 +191,7 @@ def test_another_whitening_has_them_stored_anew(shelf: VectorShelf, server: Serv
     assert problem(shelf) is None
 
 
-@pytest.mark.parametrize("step", ["upsert_vectors", "server_time"])
+@pytest.mark.parametrize("step", ["upsert_vectors", pytest.param("server_time", marks=pytest.mark.slow)])
 def test_what_a_crash_kept_from_the_server_the_next_search_brings(
     shelf: VectorShelf, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -218,8 +228,10 @@ def lose_all(shelf: VectorShelf, server: Server) -> None:
     ("damage", "words"),
     [
         (lose_some, "copy vectors in Milvus at {}: it lacks 2 images of the catalog, has 0 that are not in it, and 0"),
-        (have_another, "has 0 that are not in it, and 1 with another vector"),
-        (lose_all, "copy vectors in Milvus at {}: it has lost those of the collection"),
+        pytest.param(have_another, "has 0 that are not in it, and 1 with another vector", marks=pytest.mark.slow),
+        pytest.param(
+            lose_all, "copy vectors in Milvus at {}: it has lost those of the collection", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_difference_is_found_and_mended(
@@ -259,4 +271,4 @@ def test_an_image_without_a_vector_is_an_error_that_says_how_to_repair(shelf: Ve
         session.execute(delete(EmbeddingRow).where(EmbeddingRow.kind == "gem", EmbeddingRow.sha256.in_(some)))
     with pytest.raises(CatalogUnavailable, match=r"2 readable images without .* run: dino-search verify --repair"):
         search(shelf, whitened())
-    assert [kind for kind, _ in stored(shelf)] == ["search"]
+    assert [kind for kind, _ in stored(shelf)] == []
