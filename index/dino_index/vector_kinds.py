@@ -35,11 +35,13 @@ class VectorKind(Protocol):
 
     @property
     def whitening(self) -> bytes | None:
-        """What the vectors depend on beside the catalog's embeddings."""
+        """What the vectors depend on beside the catalog's embeddings, a safetensors file; None for nothing."""
         ...
 
     @property
-    def whitening_sha256(self) -> bytes | None: ...
+    def whitening_sha256(self) -> bytes | None:
+        """Tells one from another."""
+        ...
 
     def dim(self, collection: CollectionInfo) -> int: ...
 
@@ -96,7 +98,11 @@ class CopyVectors:
 
     @cached_property
     def whitening_sha256(self) -> bytes | None:
-        return None if self.whitening is None else hashlib.sha256(self.whitening).digest()
+        whitening = self.descriptor.whitening
+        if whitening is None:
+            return None
+        # Of the numbers: the same whitening may be written differently by another version of safetensors.
+        return hashlib.sha256(whitening.mean_D.tobytes() + whitening.projection_DD.tobytes()).digest()
 
     def dim(self, collection: CollectionInfo) -> int:
         return copy_dim(collection, self.descriptor)
