@@ -170,7 +170,8 @@ def describe(outcome: Outcome) -> str:
     names = {TIMED_OUT: "timed out", NO_ANSWER: "no answer", ABANDONED: "abandoned"}
     counts = ", ".join(f"{names.get(status, status)}: {n}" for status, n in sorted(outcome.counts.items()))
     left_out = f", left out: {outcome.num_left_out}" if outcome.num_left_out else ""
-    return f"{{{counts}{left_out}}}; generator {100 * outcome.cpu_share:.0f} % of a processor"
+    failures = "".join(f", {n} {what}" for what, n in outcome.failures.items())
+    return f"{{{counts}{left_out}}}{failures}; generator {100 * outcome.cpu_share:.0f} % of a processor"
 
 
 def quantile_ms(outcome: Outcome, share: float) -> float:

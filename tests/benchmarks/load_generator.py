@@ -69,6 +69,8 @@ class Outcome:
     begins: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    """How often no answer came, by what happened, and how long the connection had been idle."""
     num_left_out: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -127,7 +129,12 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+@dataclass
+class _Connection:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    idle_since: float | None = None
+    """When its last answer came; None for a new one."""
 
 
 class _Generator:
@@ -172,8 +179,10 @@ class _Generator:
                 status = await self._ask(request)
         except TimeoutError:
             status = TIMED_OUT
-        except (OSError, asyncio.IncompleteReadError, ValueError):
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             status = NO_ANSWER
+            where = getattr(error, "__notes__", ["while connecting"])
+            self.outcome.failures[" ".join([type(error).__name__, *where])] += 1
         self.outcome.names.append(request.name)
         self.outcome.begins.append(begin - self._begun)
         self.outcome.seconds.append(time.perf_counter() - begin)
@@ -185,14 +194,16 @@ class _Generator:
         if _ID in line:
             # Where nothing is there to be named, something that is not there is.
             message = line.replace(_ID, str(self._ids.popleft() if self._ids else 10**12).encode()) + end + rest
-        while self._free:
+        connection = None
+        while connection is None and self._free:
             connection = self._free.pop()
-            if not connection[0].at_eof():
-                break
-            connection[1].close()
-        else:
-            connection = await asyncio.open_connection("127.0.0.1", self._load.port)
-        reader, writer = connection
+            if connection.reader.at_eof():
+                connection.writer.close()
+                connection = None
+        if connection is None:
+            connection = _Connection(*await asyncio.open_connection("127.0.0.1", self._load.port))
+        reader, writer = connection.reader, connection.writer
+        idle_s = None if connection.idle_since is None else time.perf_counter() - connection.idle_since
         stays = False
         try:
             writer.write(message)
@@ -209,8 +220,12 @@ class _Generator:
                 self._ids.append(int(body.partition(b'"image_id":')[2].partition(b",")[0].strip(b" }]")))
             stays = b"\r\nconnection: close" not in head
             return status
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            error.add_note("on a new connection" if idle_s is None else f"on one that was idle for {idle_s:.1f} s")
+            raise
         finally:
             if stays:
+                connection.idle_since = time.perf_counter()
                 self._free.append(connection)
             else:
                 writer.close()
