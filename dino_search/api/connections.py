@@ -1,7 +1,8 @@
 """HTTP connections that are closed when a client keeps the server waiting for a request.
 
 uvicorn waits without end for the first request of a connection, for the rest of a request's head, and for the rest of a
-body that nobody reads any more: a client that opens many such connections would use up the server's files.
+body that nobody reads any more: a client that opens many such connections would use up the server's files. A connection
+that is idle between two requests is another thing: proxies keep those, and uvicorn's `timeout_keep_alive` ends them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any, ClassVar
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class TimedConnection(H11Protocol):
-    """uvicorn's connection, with a limit to the time between requests that are being answered."""
+    """uvicorn's connection, with a limit to the time in which a request that has begun is not there yet."""
 
     max_wait_s: ClassVar[float] = 20.0
 
@@ -32,11 +34,14 @@ class TimedConnection(H11Protocol):
         super().data_received(data)
         if self._is_answering():
             self._waiting_since = None
+        elif self._waiting_since is None:  # a further request begins
+            self._waiting_since = self.loop.time()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # The next request may have been there already.
-        self._waiting_since = None if self._is_answering() else self.loop.time()
+        # The next request may have been there already, whole or in part, and the body of this one not yet.
+        is_idle = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        self._waiting_since = None if self._is_answering() or is_idle else self.loop.time()
 
     def _is_answering(self) -> bool:
         cycle: Any = self.cycle  # None before the first request, whatever its annotation says
@@ -52,6 +57,6 @@ class TimedConnection(H11Protocol):
 
 
 def timed_connections(max_wait_s: float) -> type[asyncio.Protocol]:
-    """What `uvicorn.Config(http=...)` takes. max_wait_s: from the end of one request to the whole head of the next."""
+    """What `uvicorn.Config(http=...)` takes. max_wait_s: from the first byte of a request's head to its last one."""
     facts: dict[str, Any] = {"max_wait_s": max_wait_s}
     return type("TimedConnection", (TimedConnection,), facts)

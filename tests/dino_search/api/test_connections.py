@@ -56,6 +56,22 @@ def test_a_connection_without_a_further_request_is_closed(port: int) -> None:
     assert answer.count(b"200 OK") == 2
 
 
+def test_an_idle_connection_is_kept_between_requests(port: int) -> None:
+    request = b"GET /quick HTTP/1.1\r\nHost: a\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(request)
+            answer = b""
+            while not answer.endswith(b'"done"'):
+                answer += (part := connection.recv(10_000))
+                assert part, "closed"
+            time.sleep(2.5 * WAIT_S)
+        connection.sendall(request[:8])
+        begun = time.monotonic()
+        assert connection.recv(10_000) == b""
+    assert WAIT_S * 0.9 < time.monotonic() - begun < WAIT_S + 2
+
+
 def test_a_body_that_nobody_reads_keeps_no_connection(port: int) -> None:
     head = b"POST /unread HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
     begun = time.monotonic()
