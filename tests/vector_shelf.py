@@ -100,5 +100,11 @@ class VectorShelf:
         return [image_id for _, image_id in ranked[:k]], [-score for score, _ in ranked[:k]]
 
 
+def random_vectors(number: int, dim: int, prefix: str = "", seed: int = 0) -> dict[str, NDArray[np.float16]]:
+    """Vectors by name, for `VectorShelf.put`."""
+    rng = np.random.default_rng(seed)
+    return {f"{prefix}{i}": rng.normal(size=dim).astype(np.float16) for i in range(number)}
+
+
 def unit(vector_D: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(vector_D / np.linalg.norm(vector_D), np.float32)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import dino_index.held_references
 import dino_index.snapshot_store
@@ -16,9 +16,10 @@ from dino_index.copy_search import CopyReferences
 from dino_index.held_references import HeldReferences
 from dino_index.vector_stores import vector_store_of
 from dino_index.whitening import Whitening
-from vector_shelf import VectorShelf
+from vector_shelf import VectorShelf, random_vectors
 
 DIM = 8
+many = partial(random_vectors, dim=DIM)
 pytestmark = pytest.mark.usefixtures("database")
 
 
@@ -28,11 +29,6 @@ def shelf(home: Path, monkeypatch: pytest.MonkeyPatch) -> VectorShelf:
     shelf = VectorShelf(home, DIM)
     shelf.put(**many(35))
     return shelf
-
-
-def many(number: int, prefix: str = "", seed: int = 0) -> dict[str, NDArray[np.float16]]:
-    rng = np.random.default_rng(seed)
-    return {f"{prefix}{i}": rng.normal(size=DIM).astype(np.float16) for i in range(number)}
 
 
 def loaded(
@@ -64,7 +60,8 @@ def test_it_follows_what_is_added_replaced_and_removed(shelf: VectorShelf, monke
     rng = np.random.default_rng(1)
     for step in range(12):
         shelf.put(
-            **many(int(rng.integers(0, 7)), f"new {step} ", seed=step), **many(int(rng.integers(0, 4)), seed=step)
+            **many(int(rng.integers(0, 7)), prefix=f"new {step} ", seed=step),
+            **many(int(rng.integers(0, 4)), seed=step),
         )
         shelf.remove(*rng.choice(list(shelf.vectors), int(rng.integers(0, 5)), replace=False).tolist())
         if step % 3:  # as several changes between two looks
@@ -73,13 +70,13 @@ def test_it_follows_what_is_added_replaced_and_removed(shelf: VectorShelf, monke
             assert set(held(references)) == set(shelf.vectors)
     shelf.remove(*list(shelf.vectors))
     assert held(loaded(shelf, references)) == {}
-    shelf.put(**many(3, "last", seed=99))
+    shelf.put(**many(3, prefix="last", seed=99))
     assert set(held(loaded(shelf, loaded(shelf, references)))) == set(shelf.vectors)
 
 
 def test_what_has_not_changed_is_neither_read_nor_copied(shelf: VectorShelf) -> None:
     before = loaded(shelf)
-    shelf.put(**many(2, "new", seed=2))
+    shelf.put(**many(2, prefix="new", seed=2))
     after = loaded(shelf, before)
     shared = [part for part in after._parts if any(part is other for other in before._parts)]
     assert [len(part) for part in shared] == [10, 10, 10]
@@ -89,7 +86,7 @@ def test_what_has_not_changed_is_neither_read_nor_copied(shelf: VectorShelf) -> 
 def test_many_small_changes_make_no_more_parts_than_they_need(shelf: VectorShelf) -> None:
     references = loaded(shelf)
     for number in range(25):
-        shelf.put(**many(1, f"{number} ", seed=number))
+        shelf.put(**many(1, prefix=f"{number} ", seed=number))
         references = loaded(shelf, references)
     assert [len(part) for part in references._parts] == [10] * 6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from dino_index.held_references import HeldReferences
 from dino_index.vector_stores import vector_store_of
 from dino_index.whitening import Whitening
 from milvus_server import Server
-from vector_shelf import VectorShelf, unit
+from vector_shelf import VectorShelf, random_vectors, unit
 
 DIM = 16
+many = partial(random_vectors, dim=DIM)
 pytestmark = pytest.mark.milvus
 
 
@@ -44,11 +46,6 @@ def shelf(server: Server, home: Path) -> VectorShelf:
 def settle(shelf: VectorShelf) -> None:
     """What the end of a run of `index` does."""
     vector_store_of(shelf.catalog).settle(shelf.collection)
-
-
-def many(number: int, prefix: str = "", seed: int = 0) -> dict[str, NDArray[np.float16]]:
-    rng = np.random.default_rng(seed)
-    return {f"{prefix}{i}": rng.normal(size=DIM).astype(np.float16) for i in range(number)}
 
 
 def whitened(seed: int = 1) -> CopyDescriptor:
@@ -145,7 +142,7 @@ def test_every_change_is_found_at_once(shelf: VectorShelf) -> None:
     descriptor = whitened()
     settle(shelf)
     assert_right(shelf, descriptor)
-    shelf.put(**many(10, "new", seed=2), **many(3, seed=3))
+    shelf.put(**many(10, prefix="new", seed=2), **many(3, seed=3))
     assert_right(shelf, descriptor)
     shelf.remove(*list(shelf.vectors)[:5])
     assert_right(shelf, descriptor)
@@ -156,7 +153,7 @@ def test_every_change_is_found_at_once(shelf: VectorShelf) -> None:
 def test_the_end_of_a_run_brings_them(shelf: VectorShelf, server: Server) -> None:
     descriptor = whitened()
     assert_right(shelf, descriptor)
-    shelf.put(**many(10, "new", seed=2))
+    shelf.put(**many(10, prefix="new", seed=2))
     settle(shelf)
     with shelf.catalog.reading() as session:
         known = set(session.scalars(select(StoredVectorsRow.generation)))
@@ -197,7 +194,7 @@ def test_what_a_crash_kept_from_the_server_the_next_search_brings(
 ) -> None:
     descriptor = whitened()
     assert_right(shelf, descriptor)
-    shelf.put(**many(10, "new", seed=2))
+    shelf.put(**many(10, prefix="new", seed=2))
     shelf.remove(*list(shelf.vectors)[:5])
 
     def crash(*_: object, **__: object) -> None:

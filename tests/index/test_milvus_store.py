@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from sqlalchemy import select, update
 
 import databases
@@ -26,9 +26,10 @@ from dino_index.milvus_server import MilvusAddress
 from dino_index.vector_stores import vector_store_of
 from milvus_server import Server
 from sample_collections import count_rows
-from vector_shelf import VectorShelf, unit
+from vector_shelf import VectorShelf, random_vectors, unit
 
 DIM = 16
+many = partial(random_vectors, dim=DIM)
 pytestmark = pytest.mark.milvus
 
 
@@ -43,11 +44,6 @@ def shelf(server: Server, home: Path) -> VectorShelf:
     shelf = VectorShelf(home, DIM)
     shelf.put(**many(40))
     return shelf
-
-
-def many(number: int, prefix: str = "", seed: int = 0) -> dict[str, NDArray[np.float16]]:
-    rng = np.random.default_rng(seed)
-    return {f"{prefix}{i}": rng.normal(size=DIM).astype(np.float16) for i in range(number)}
 
 
 def assert_right(shelf: VectorShelf) -> None:
@@ -83,7 +79,7 @@ def test_what_a_crash_kept_from_the_server_the_next_opener_brings(
 ) -> None:
     assert_right(shelf)
     gone = list(shelf.vectors)[:5]
-    shelf.put(**many(10, "new", seed=2), **many(3, seed=3))
+    shelf.put(**many(10, prefix="new", seed=2), **many(3, seed=3))
     shelf.remove(*gone)
 
     def crash(*_: object, **__: object) -> None:
@@ -101,7 +97,7 @@ def test_many_changes_are_brought_in_turns(shelf: VectorShelf, monkeypatch: pyte
     assert_right(shelf)
     monkeypatch.setattr(dino_index.milvus_store, "_IMAGES_A_TURN", 4)
     for number in range(5):
-        shelf.put(**many(3, f"{number}-", seed=number))
+        shelf.put(**many(3, prefix=f"{number}-", seed=number))
         shelf.remove(list(shelf.vectors)[number])
     assert_right(shelf)
     assert problem(shelf) is None
@@ -346,10 +342,10 @@ def test_a_server_that_restarts_loses_nothing(shelf: VectorShelf, server: Server
     """Killed in between, with changes that it was told of, and others that it was not."""
     assert_right(shelf)
     index = shelf.index()
-    shelf.put(**many(10, "told", seed=7))
+    shelf.put(**many(10, prefix="told", seed=7))
     vector_store_of(shelf.catalog).keep_up(shelf.collection)
     server.kill()
-    shelf.put(**many(10, "not told", seed=8))
+    shelf.put(**many(10, prefix="not told", seed=8))
     shelf.remove(*list(shelf.vectors)[:4])
     vector_store_of(shelf.catalog).keep_up(shelf.collection)  # says so, and goes on
     server.start()
