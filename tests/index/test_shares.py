@@ -133,7 +133,7 @@ def test_all_shares_in_any_order_are_one_run(
     assert count_rows(home, SourceRow) == count_rows(other, SourceRow)
     assert sum(summary.added for summary in summaries) == whole.added == 32
     assert sum(summary.failed for summary in summaries) == whole.failed == 5
-    assert all(summary.added > 3 for summary in summaries)
+    assert all(summary.added > 0 for summary in summaries)  # of 32: about once in 100,000 folders it is none
     # And one run of all finds nothing left to do.
     again = index_whole(home, tiny_model, photos)
     assert (again.added, again.updated, again.skipped, again.failed) == (0, 0, 32, 5)
@@ -191,13 +191,14 @@ def test_a_share_is_not_pruned() -> None:
 
 def test_shares_of_a_new_collection_need_a_named_model(home: Path, tiny_model: Path, photos: Path) -> None:
     catalog = open_catalog(home, create=True)
-    options = IndexOptions(share=Share(1, 2))
+    share = Share(1, 2)
+    options = IndexOptions(share=share)
     with pytest.raises(ModelNotNamed, match="--model bundled"):
         index_paths(catalog, "default", [photos], None, lambda: pytest.fail("a model was chosen"), options)
     index_files(home, tiny_model, photos / "hills")
     spec = resolve_model(tiny_model)
     summary = index_paths(catalog, "default", [photos / "woods"], None, lambda: spec, options)
-    assert summary.added > 0
+    assert summary.added == sum(share.holds(str(path)) for path in (photos / "woods").iterdir())
 
 
 def test_a_default_model_at_another_input_size_is_not_named(home: Path, photos: Path) -> None:
