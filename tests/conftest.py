@@ -136,12 +136,18 @@ def milvus(the_milvus_server: milvus_server.Server) -> Iterator[milvus_server.Se
     the_milvus_server.empty()
 
 
+@pytest.fixture
+def milvus_store(milvus: milvus_server.Server, monkeypatch: pytest.MonkeyPatch) -> milvus_server.Server:
+    """The same server, which the catalogs that tests open keep their vectors in."""
+    monkeypatch.setattr(databases, "vectors_url", milvus.url)
+    return milvus
+
+
 @pytest.fixture(params=["snapshots", pytest.param("milvus", marks=pytest.mark.milvus)])
 def vector_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs twice: with vectors in snapshots, and in Milvus. A module asks for it by `usefixtures`."""
     if request.param == "milvus":
-        server: milvus_server.Server = request.getfixturevalue("milvus")
-        monkeypatch.setattr(databases, "vectors_url", server.url)
+        server: milvus_server.Server = request.getfixturevalue("milvus_store")
         monkeypatch.setenv("DINO_SEARCH_VECTOR_STORE", server.url)
     return str(request.param)
 

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy import delete, select, update
 
-import databases
 import dino_index.milvus_search
 import dino_index.milvus_store
 from dino_index.catalog import CollectionRow, EmbeddingRow, StoredVectorsRow
@@ -31,13 +30,7 @@ pytestmark = pytest.mark.milvus
 
 
 @pytest.fixture
-def server(milvus: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(databases, "vectors_url", milvus.url)
-    return milvus
-
-
-@pytest.fixture
-def shelf(server: Server, home: Path) -> VectorShelf:
+def shelf(milvus_store: Server, home: Path) -> VectorShelf:
     shelf = VectorShelf(home, DIM)
     shelf.put(**many(60))
     return shelf
@@ -117,7 +110,7 @@ def test_candidates_are_those_of_a_search_in_memory(shelf: VectorShelf, descript
 @pytest.mark.parametrize(
     "index_type", ["hnsw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ivf", "ivfpq"))]
 )
-def test_approximate_types_find_them_too(server: Server, home: Path, index_type: str) -> None:
+def test_approximate_types_find_them_too(milvus_store: Server, home: Path, index_type: str) -> None:
     shelf = VectorShelf(home, DIM, index_type)
     shelf.put(**many(3000))
     descriptor = whitened()
@@ -150,7 +143,7 @@ def test_every_change_is_found_at_once(shelf: VectorShelf) -> None:
     assert problem(shelf) is None
 
 
-def test_the_end_of_a_run_brings_them(shelf: VectorShelf, server: Server) -> None:
+def test_the_end_of_a_run_brings_them(shelf: VectorShelf, milvus_store: Server) -> None:
     descriptor = whitened()
     assert_right(shelf, descriptor)
     shelf.put(**many(10, prefix="new", seed=2))
@@ -169,13 +162,13 @@ def test_a_search_goes_by_the_state_that_it_was_opened_in(shelf: VectorShelf) ->
     assert_same(before.candidates(cls_VD, gem_VD, 7), expected.candidates(cls_VD, gem_VD, 7))
 
 
-def test_nothing_is_stored_before_copies_are_looked_for(shelf: VectorShelf, server: Server) -> None:
+def test_nothing_is_stored_before_copies_are_looked_for(shelf: VectorShelf, milvus_store: Server) -> None:
     shelf.compact()
     assert [kind for kind, _ in stored(shelf)] == ["search"]
-    assert len(server.client().list_collections()) == 1
+    assert len(milvus_store.client().list_collections()) == 1
 
 
-def test_another_whitening_has_them_stored_anew(shelf: VectorShelf, server: Server) -> None:
+def test_another_whitening_has_them_stored_anew(shelf: VectorShelf, milvus_store: Server) -> None:
     settle(shelf)
     assert_right(shelf, whitened())
     before = name_of(shelf)
@@ -184,7 +177,7 @@ def test_another_whitening_has_them_stored_anew(shelf: VectorShelf, server: Serv
     assert name_of(shelf) == before
     assert_right(shelf, whitened(seed=2))
     assert name_of(shelf) != before
-    assert sorted(server.client().list_collections()) == sorted(name for _, name in stored(shelf))
+    assert sorted(milvus_store.client().list_collections()) == sorted(name for _, name in stored(shelf))
     assert problem(shelf) is None
 
 
@@ -208,17 +201,17 @@ def test_what_a_crash_kept_from_the_server_the_next_search_brings(
     assert problem(shelf) is None
 
 
-def lose_some(shelf: VectorShelf, server: Server) -> None:
-    server.client().delete(name_of(shelf), ids=list(shelf.vectors)[:2])
+def lose_some(shelf: VectorShelf, milvus_store: Server) -> None:
+    milvus_store.client().delete(name_of(shelf), ids=list(shelf.vectors)[:2])
 
 
-def have_another(shelf: VectorShelf, server: Server) -> None:
+def have_another(shelf: VectorShelf, milvus_store: Server) -> None:
     row = {"id": next(iter(shelf.vectors)), "generation": 1, "vector": unit(np.ones(2 * DIM))}
-    server.client().upsert(name_of(shelf), [row])
+    milvus_store.client().upsert(name_of(shelf), [row])
 
 
-def lose_all(shelf: VectorShelf, server: Server) -> None:
-    server.client().drop_collection(name_of(shelf))
+def lose_all(shelf: VectorShelf, milvus_store: Server) -> None:
+    milvus_store.client().drop_collection(name_of(shelf))
 
 
 @pytest.mark.parametrize(
@@ -232,26 +225,26 @@ def lose_all(shelf: VectorShelf, server: Server) -> None:
     ],
 )
 def test_a_difference_is_found_and_mended(
-    shelf: VectorShelf, server: Server, damage: Callable[[VectorShelf, Server], None], words: str
+    shelf: VectorShelf, milvus_store: Server, damage: Callable[[VectorShelf, Server], None], words: str
 ) -> None:
     assert_right(shelf, whitened())
     assert problem(shelf) is None
-    damage(shelf, server)
+    damage(shelf, milvus_store)
     # As after a write of ours, whose moment the next look waits for.
-    timestamp = server.client()._get_connection().alloc_timestamp()
+    timestamp = milvus_store.client()._get_connection().alloc_timestamp()
     with shelf.catalog.writing() as session:
         session.execute(update(StoredVectorsRow).values(timestamp=timestamp))
     found = problem(shelf)
     assert found is not None
-    assert words.format(server.url) in found
+    assert words.format(milvus_store.url) in found
     shelf.compact()
     assert problem(shelf) is None
     assert_right(shelf, whitened())
 
 
-def test_vectors_that_the_server_lost_are_stored_anew_by_a_search(shelf: VectorShelf, server: Server) -> None:
+def test_vectors_that_the_server_lost_are_stored_anew_by_a_search(shelf: VectorShelf, milvus_store: Server) -> None:
     assert_right(shelf, whitened())
-    server.empty()
+    milvus_store.empty()
     assert_right(shelf, whitened())
 
 

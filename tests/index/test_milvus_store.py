@@ -34,13 +34,7 @@ pytestmark = pytest.mark.milvus
 
 
 @pytest.fixture
-def server(milvus: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(databases, "vectors_url", milvus.url)
-    return milvus
-
-
-@pytest.fixture
-def shelf(server: Server, home: Path) -> VectorShelf:
+def shelf(milvus_store: Server, home: Path) -> VectorShelf:
     shelf = VectorShelf(home, DIM)
     shelf.put(**many(40))
     return shelf
@@ -115,21 +109,21 @@ def test_an_image_that_left_and_came_back_is_there(shelf: VectorShelf) -> None:
 
 
 @pytest.mark.slow
-def test_a_fill_that_was_killed_is_dropped_after_a_while(shelf: VectorShelf, server: Server) -> None:
+def test_a_fill_that_was_killed_is_dropped_after_a_while(shelf: VectorShelf, milvus_store: Server) -> None:
     assert_right(shelf)
     with shelf.catalog.writing() as session:
         for name, age in (("dino_search_dead", 11), ("dino_search_alive", 9)):
             session.add(
                 StoredVectorsRow(
                     name=name, collection_id=shelf.collection.id, model_id=shelf.collection.model_id,
-                    place=server.url, owner=shelf.catalog.identity, state="filling", generation=0, index_type="flat",
-                    reason="", changed_at=datetime.now(UTC) - timedelta(minutes=age),
+                    place=milvus_store.url, owner=shelf.catalog.identity, state="filling", generation=0,
+                    index_type="flat", reason="", changed_at=datetime.now(UTC) - timedelta(minutes=age),
                 )
             )  # fmt: skip
-    server.client().create_collection("dino_search_dead", dimension=DIM)
+    milvus_store.client().create_collection("dino_search_dead", dimension=DIM)
     shelf.compact()
     assert {state for _, state in stored(shelf)} == {"current", "filling"}
-    assert sorted(server.client().list_collections()) == [name_of(shelf)]
+    assert sorted(milvus_store.client().list_collections()) == [name_of(shelf)]
 
 
 @pytest.mark.slow
@@ -146,22 +140,22 @@ def test_removals_are_remembered_until_the_server_knows(shelf: VectorShelf) -> N
 # --- what the server holds and the catalog does not
 
 
-def lose_some(shelf: VectorShelf, server: Server) -> None:
-    server.client().delete(name_of(shelf), ids=list(shelf.vectors)[:2])
+def lose_some(shelf: VectorShelf, milvus_store: Server) -> None:
+    milvus_store.client().delete(name_of(shelf), ids=list(shelf.vectors)[:2])
 
 
-def have_more(shelf: VectorShelf, server: Server) -> None:
+def have_more(shelf: VectorShelf, milvus_store: Server) -> None:
     row = {"id": 10**6, "generation": 1, "vector": unit(np.ones(DIM))}
-    server.client().upsert(name_of(shelf), [row])
+    milvus_store.client().upsert(name_of(shelf), [row])
 
 
-def have_another(shelf: VectorShelf, server: Server) -> None:
+def have_another(shelf: VectorShelf, milvus_store: Server) -> None:
     row = {"id": next(iter(shelf.vectors)), "generation": 1, "vector": unit(np.ones(DIM))}
-    server.client().upsert(name_of(shelf), [row])
+    milvus_store.client().upsert(name_of(shelf), [row])
 
 
-def lose_all(shelf: VectorShelf, server: Server) -> None:
-    server.client().drop_collection(name_of(shelf))
+def lose_all(shelf: VectorShelf, milvus_store: Server) -> None:
+    milvus_store.client().drop_collection(name_of(shelf))
 
 
 @pytest.mark.parametrize(
@@ -182,13 +176,13 @@ def lose_all(shelf: VectorShelf, server: Server) -> None:
     ],
 )
 def test_a_difference_is_found_and_mended(
-    shelf: VectorShelf, server: Server, damage: Callable[[VectorShelf, Server], None], words: str
+    shelf: VectorShelf, milvus_store: Server, damage: Callable[[VectorShelf, Server], None], words: str
 ) -> None:
     assert_right(shelf)
     assert problem(shelf) is None
-    damage(shelf, server)
+    damage(shelf, milvus_store)
     # As after a write of ours, whose moment the next look waits for.
-    timestamp = server.client()._get_connection().alloc_timestamp()
+    timestamp = milvus_store.client()._get_connection().alloc_timestamp()
     with shelf.catalog.writing() as session:
         session.execute(update(StoredVectorsRow).values(timestamp=timestamp))
     found = problem(shelf)
@@ -200,16 +194,16 @@ def test_a_difference_is_found_and_mended(
 
 
 def test_vectors_that_the_server_lost_are_stored_anew_by_a_search(
-    shelf: VectorShelf, server: Server, caplog: pytest.LogCaptureFixture
+    shelf: VectorShelf, milvus_store: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert_right(shelf)
-    server.empty()
+    milvus_store.empty()
     assert_right(shelf)
     assert "has lost the vectors of collection 'default'; storing them anew" in caplog.text
 
 
 def test_a_copy_of_the_catalog_file_keeps_off_the_vectors_of_the_original(
-    shelf: VectorShelf, server: Server, tmp_path: Path
+    shelf: VectorShelf, milvus_store: Server, tmp_path: Path
 ) -> None:
     assert_right(shelf)
     (tmp_path / "copy").mkdir()
@@ -217,7 +211,7 @@ def test_a_copy_of_the_catalog_file_keeps_off_the_vectors_of_the_original(
     copy = databases.open_catalog(tmp_path / "copy")
     with copy.reading() as session:
         assert len(vector_store_of(copy).load(session, find_collection(session, "default"))) == 40
-    assert len(server.client().list_collections()) == 2
+    assert len(milvus_store.client().list_collections()) == 2
 
 
 # --- one process searches while another works
@@ -262,14 +256,16 @@ def test_no_search_is_wrong_while_others_write(shelf: VectorShelf) -> None:
 # --- collections that go, models that change, types
 
 
-def test_a_collection_that_is_removed_is_dropped_there(shelf: VectorShelf, server: Server) -> None:
+def test_a_collection_that_is_removed_is_dropped_there(shelf: VectorShelf, milvus_store: Server) -> None:
     assert_right(shelf)
     remove_collection(shelf.catalog, "default")
-    assert server.client().list_collections() == []
+    assert milvus_store.client().list_collections() == []
     assert stored(shelf) == []
 
 
-def test_a_collection_that_is_removed_without_the_server_is_dropped_later(shelf: VectorShelf, server: Server) -> None:
+def test_a_collection_that_is_removed_without_the_server_is_dropped_later(
+    shelf: VectorShelf, milvus_store: Server
+) -> None:
     assert_right(shelf)
     shelf.catalog.vectors_url = None
     remove_collection(shelf.catalog, "default")
@@ -278,7 +274,7 @@ def test_a_collection_that_is_removed_without_the_server_is_dropped_later(shelf:
     other.put(**many(2))
     assert len(other.index()) == 2
     assert stored(other) == [(name_of(other), "current")]
-    assert server.client().list_collections() == [name_of(other)]
+    assert milvus_store.client().list_collections() == [name_of(other)]
 
 
 def test_factory_strings_of_faiss_are_refused(shelf: VectorShelf) -> None:
@@ -302,7 +298,7 @@ def test_factory_strings_of_faiss_are_refused(shelf: VectorShelf) -> None:
 
 @pytest.mark.parametrize("num_allowed", [1, 30, 300, 580])
 def test_every_way_to_filter_finds_the_same(
-    server: Server, home: Path, monkeypatch: pytest.MonkeyPatch, num_allowed: int
+    milvus_store: Server, home: Path, monkeypatch: pytest.MonkeyPatch, num_allowed: int
 ) -> None:
     monkeypatch.setattr(dino_index.milvus_search, "_MAX_SCANNED", 10)
     monkeypatch.setattr(dino_index.milvus_search, "_IDS_PER_SEARCH", 50)
@@ -338,17 +334,17 @@ def test_a_server_that_nobody_runs_is_named(home: Path, monkeypatch: pytest.Monk
     assert "secret" not in str(raised.value)
 
 
-def test_a_server_that_restarts_loses_nothing(shelf: VectorShelf, server: Server) -> None:
+def test_a_server_that_restarts_loses_nothing(shelf: VectorShelf, milvus_store: Server) -> None:
     """Killed in between, with changes that it was told of, and others that it was not."""
     assert_right(shelf)
     index = shelf.index()
     shelf.put(**many(10, prefix="told", seed=7))
     vector_store_of(shelf.catalog).keep_up(shelf.collection)
-    server.kill()
+    milvus_store.kill()
     shelf.put(**many(10, prefix="not told", seed=8))
     shelf.remove(*list(shelf.vectors)[:4])
     vector_store_of(shelf.catalog).keep_up(shelf.collection)  # says so, and goes on
-    server.start()
+    milvus_store.start()
     vector_store_of(shelf.catalog).settle(shelf.collection)
     assert_right(shelf)
     assert problem(shelf) is None
@@ -390,7 +386,7 @@ def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["flat", "hnsw", "ivf", "ivfpq"])
-def test_each_type_finds_nearly_all_of_the_nearest(server: Server, home: Path, index_type: str) -> None:
+def test_each_type_finds_nearly_all_of_the_nearest(milvus_store: Server, home: Path, index_type: str) -> None:
     rng, dim = np.random.default_rng(0), 96
     shelf = VectorShelf(home, dim, index_type)
     # Near a surface of few dimensions, as embeddings are; enough of them for the server to build the index.
@@ -398,7 +394,7 @@ def test_each_type_finds_nearly_all_of_the_nearest(server: Server, home: Path, i
     vectors_ND = (surface + 0.5 * rng.normal(size=surface.shape)).astype(np.float16)
     shelf.put(**{str(number): vector_D for number, vector_D in enumerate(vectors_ND[200:])})
     shelf.compact()
-    facts = server.client().describe_index(name_of(shelf), "vector")
+    facts = milvus_store.client().describe_index(name_of(shelf), "vector")
     assert (facts["index_type"], facts["pending_index_rows"]) == (dino_index.milvus_search.INDEX_TYPES[index_type], 0)
     index = shelf.index()
     ids = np.array(list(shelf.vectors))
