@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from dino_index.copy_settings import SINGLE_IMAGES
 from dino_index.errors import ModelError
-from dino_index.score_normalisation import MIN_BACKGROUND, biases
+from dino_index.score_normalisation import MIN_BACKGROUND, biases, size_correction
 from dino_index.snapshots import normalise
 from dino_index.whitening import Whitening
 
@@ -48,7 +48,7 @@ class CopyDescriptor:
         """What score normalisation takes off the cosines of each query."""
         if self.background_BC is None or len(self.background_BC) < MIN_BACKGROUND:
             return np.zeros(len(queries_NC), np.float32)
-        return biases(queries_NC, self._compared_background)
+        return biases(queries_NC, self._compared_background) + np.float32(self._size_correction)
 
     def switched(self, *, whitening: bool, normalisation: bool) -> CopyDescriptor:
         """The same without what is switched off."""
@@ -62,6 +62,10 @@ class CopyDescriptor:
     def _compared_background(self) -> NDArray[np.float32]:
         assert self.background_BC is not None
         return self.background_BC if self.whitening is None else self.whitening.apply(self.background_BC)
+
+    @cached_property
+    def _size_correction(self) -> float:
+        return size_correction(self._compared_background)
 
     def to_bytes(self) -> bytes:
         """A safetensors file; the background in float16."""

@@ -67,6 +67,13 @@ def test_without_enough_background_nothing_is_taken_off() -> None:
     assert not few.biases(few.vectors(*raw(3, 4))).any()
 
 
+def test_a_smaller_background_takes_as_much_off() -> None:
+    plain = CopyDescriptor().vectors(*raw(2000, 1))
+    queries = CopyDescriptor().vectors(*raw(50, 3))
+    by_size = [CopyDescriptor(background_BC=plain[:number]).biases(queries).mean() for number in (100, 2000)]
+    assert by_size[0] == pytest.approx(by_size[1], rel=0.1)
+
+
 def test_the_bundled_model_ships_whitening_and_background() -> None:
     shipped = shipped_descriptor(resolve_model().weights_path)
     assert shipped is not None
