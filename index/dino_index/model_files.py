@@ -21,7 +21,7 @@ from dino_index.errors import ArchitectureUnknown, ModelError, ModelNotFound
 Pooling = Literal["normalised", "reference"]
 
 BUNDLED = "bundled"
-BUNDLED_VERSION = "bundled_v4"
+BUNDLED_VERSION = "bundled_v5"
 # A timm name: what to fetch where the bundled model is not good enough.
 RECOMMENDED = "vit_small_patch16_224.dino"
 METADATA_KEY = "dino_search"
@@ -45,7 +45,7 @@ class ModelSpec:
     """A backbone before it is loaded: which file, which architecture, how pictures go in."""
 
     name: str
-    """`bundled_v4`, a fetched model's name, or the file's path: what `info` shows and the collection stores."""
+    """`bundled_v5`, a fetched model's name, or the file's path: what `info` shows and the collection stores."""
     weights_path: Path
     architecture: str
     """A timm architecture name, without a pretrained tag."""

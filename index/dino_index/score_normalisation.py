@@ -2,7 +2,7 @@
 
 A query that resembles many pictures, such as a plain sky, has high cosines with all of them. Its *bias* is the mean
 cosine with the pictures of a background set that are most like it, and its scores are cosine - bias. That is one inner
-product of vectors with one more channel, [query ‖ -bias] and [reference ‖ 1], so that any inner-product index computes it.
+product of vectors with one more channel, [query ‖ -bias] and [reference ‖ 1], which any inner-product index computes.
 
 The nearest of few pictures are less near than those of many: biases by a small background are raised to what one of
 `MAX_BACKGROUND` would give, so that a score means the same in collections of any size.

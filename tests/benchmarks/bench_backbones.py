@@ -1,7 +1,7 @@
 """What backbones tell apart: weighted 20-NN of labelled folders, beside random weights, pixels and colour histograms.
 
     python tests/benchmarks/bench_backbones.py [--train DIR --val DIR] [--model NAME|FILE]... [--per-class 50]
-        [--val-per-class 10] [--classes 10] [--side 32]
+        [--val-per-class 10] [--classes 10] [--side 32] [--input-size SIDE]
 
 Folders of classes; without them pieces of scikit-image's photographs, a class each. All rows classify the same drawn
 pictures. Without --model the bundled backbone is measured; the random weights are of its architecture. --side: pictures
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=50, help="training pictures")
     parser.add_argument("--val-per-class", type=int, default=10)
     parser.add_argument("--classes", type=int, default=0, help="the first so many by name; 0 for all")
+    parser.add_argument("--input-size", type=int, metavar="SIDE", help="of models; left out: each one's own")
     parser.add_argument("--side", type=int, default=0, help="shrink pictures to squares of so many pixels")
     options = parser.parse_args()
     assert (options.train is None) == (options.val is None), "expected --train and --val, found one of them"
@@ -127,9 +128,10 @@ def main() -> None:
             low, high = figures[0].interval
             print(f"{what:<40}{'  '.join(values)}  top1 within {100 * low:.1f} .. {100 * high:.1f}", flush=True)
 
+        size: int | None = options.input_size
         for model in options.model or ["bundled"]:
-            show(model, model_knn(train, val, resolve_model(model)))
-        show("random weights", model_knn(train, val, resolve_model(random, input_size=bundled.input_size)))
+            show(model, model_knn(train, val, resolve_model(model, input_size=size)))
+        show("random weights", model_knn(train, val, resolve_model(random, input_size=size or bundled.input_size)))
         show(f"pixels at {_PIXELS_SIDE} x {_PIXELS_SIDE}", plain_knn(train, val, pixels))
         show(f"colour histograms of {_BINS**3}", plain_knn(train, val, colours))
 

@@ -1,6 +1,6 @@
 """Edited copies of photographs found among references: this project beside PDQ, pHash and a supervised CNN.
 
-    python tests/benchmarks/bench_copies.py --photos FOLDER [--gallery FOLDER] [--queries 1500]
+    python tests/benchmarks/bench_copies.py --photos FOLDER [--gallery FOLDER] [--queries 1500] [--input-size SIDE]
 
 600 photographs are the references; with --gallery as many other pictures as that folder has are searched with them.
 Of the queries four fifths are edited copies of references, the others of photographs that are not among them.
@@ -30,7 +30,7 @@ from dino_index.edited_queries import draw_edits, edited_copy
 from dino_index.edits import EDITS
 from dino_index.held_references import HeldReferences
 from dino_index.images import load_image
-from dino_index.model_files import resolve_model
+from dino_index.model_files import ModelSpec, resolve_model
 from dino_index.query_views import QueryView, query_views
 from dino_index.score_normalisation import MAX_BACKGROUND
 from dino_index.snapshots import Vectors, normalise
@@ -127,8 +127,7 @@ def embed(backbone: Backbone, squares: Sequence[NDArray[np.uint8]]) -> tuple[NDA
 class Ours:
     """The bundled model: all views of all queries embedded once, then searched with this part and that."""
 
-    def __init__(self, material: Material, model: str) -> None:
-        spec = resolve_model(model)
+    def __init__(self, material: Material, spec: ModelSpec) -> None:
         self.backbone = Backbone(spec)
         self.shipped = shipped_descriptor(spec.weights_path) or CopyDescriptor()
         side = spec.input_size
@@ -269,6 +268,7 @@ def main() -> None:
     parser.add_argument("--gallery-size", type=int, default=10_000)
     parser.add_argument("--queries", type=int, default=1500)
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--input-size", type=int, metavar="SIDE", help="in pixels; left out: the model's own")
     parser.add_argument("--synthetic", type=int, default=0, help="time the search among so many vectors more")
     parser.add_argument("--skip-others", action="store_true", help="only this project")
     options = parser.parse_args()
@@ -285,7 +285,7 @@ def main() -> None:
         columns["PDQ"] = table("PDQ", by_hash(material, pdq_bits), material)
         columns["pHash"] = table("pHash", by_hash(material, phash_bits), material)
         columns["CNN"] = table("supervised CNN", by_cnn(material), material)
-    ours = Ours(material, options.model)
+    ours = Ours(material, resolve_model(options.model, input_size=options.input_size))
     plain, whitened = CopyDescriptor(), CopyDescriptor(whitening=ours.shipped.whitening)
     normalised = ours.own_background(whitened)
 

@@ -365,7 +365,7 @@ def test_the_demonstration_runs_twice(dino_search: Command, tmp_path: Path, monk
         assert ended.code == 0
         lines = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
         assert list(lines) == ["indexed", "searched", "classified", "copies", "open", "report", "try"]
-        assert lines["indexed"].startswith("10 images with bundled_v4")
+        assert lines["indexed"].startswith("10 images with bundled_v5")
         assert lines["searched"].startswith("4 of 4")
         assert lines["copies"] == "4 of 4 are called copies, 0 of a wrong one"
         assert Path(lines["report"]).is_file()
@@ -406,7 +406,7 @@ FAILURES = {
     "bad labels": (("index", "{photo}", "--labels", "{tmp}/bad.jpg"), "must have the columns path and label"),
     "missing model": (("index", "{photo}", "--model", "{tmp}/no.safetensors"), "expected 'bundled' or the path"),
     "bad model": (("index", "{photo}", "--model", "{tmp}/bad.jpg"), "no safetensors file"),
-    "another model": (("index", "{photo}", "--model", "bundled"), "was built with .* not with bundled_v4"),
+    "another model": (("index", "{photo}", "--model", "bundled"), "was built with .* not with bundled_v5"),
     "another pooling": (("index", "{photo}", "--pooling", "reference"), "was built with"),
     "unknown id": (("remove", "123456"), "no image for 123456"),
     "unknown folder": (("remove", "{tmp}/empty"), "no image for .*empty"),

@@ -101,7 +101,7 @@ def test_edited_copies_find_their_original_first(home: Path, tmp_path: Path) -> 
         for number, kind in enumerate(kinds):
             found = collection.search(apply_edits(originals[number], [kind], rng), k=1)
             assert found.results[0].path == str(folder / f"{number}.jpg"), kind
-        assert collection.model_name() == "bundled_v4"
+        assert collection.model_name() == "bundled_v5"
 
 
 def test_the_collection_notices_what_others_add_and_remove(

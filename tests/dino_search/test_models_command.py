@@ -188,7 +188,7 @@ def test_default_is_what_a_new_collection_gets_and_an_old_one_does_not(
     assert f"dino-search models get {NAME}" in ended.stderr
     assert dino_search.run("models", "get", "bundled", "--default").exit_code == 0
     ended = dino_search.run("index", photos, "-c", "newest")
-    assert ended.stdout.splitlines()[1].endswith("(bundled_v4)")
+    assert ended.stdout.splitlines()[1].endswith("(bundled_v5)")
     assert "dino-search models get vit_small_patch16_224.dino --default" in ended.stderr
 
 
@@ -248,7 +248,7 @@ def test_the_input_size_is_part_of_the_model_and_remembered(dino_search: Command
     (photos / "new.jpg").write_bytes((photos / "cat" / "0.jpg").read_bytes() + b" ")
     assert dino_search.run("index", photos).stdout.startswith("1 added")
     ended = dino_search.run("index", photos, "--input-size", 128)
-    assert (ended.exit_code, "was built with bundled_v4 at 64 px" in ended.stderr) == (1, True)
+    assert (ended.exit_code, "was built with bundled_v5 at 64 px" in ended.stderr) == (1, True)
     ended = dino_search.run("index", photos, "--input-size", 100, "-c", "other")
     assert (ended.exit_code, "multiple of the patch size 8" in ended.stderr) == (1, True)
 
@@ -273,7 +273,7 @@ def test_list_shows_the_bundled_the_fetched_and_the_converted(
         ("file", 192, None, False),
         ("hub", 64, "Apache-2.0", True),
     ]
-    assert list(rows) == ["bundled_v4", converted, NAME]
+    assert list(rows) == ["bundled_v5", converted, NAME]
     for name, row in rows.items():
         assert row["megabytes"] == round(Path(row["path"]).stat().st_size / 1e6, 1), name
     card = json.loads((home / "models" / f"{NAME}.json").read_text())["card"]

@@ -17,7 +17,7 @@ from dino_index.errors import ArchitectureUnknown, ModelError, ModelNotFound
 from dino_index.model_files import ModelSpec, resolve_model
 from sample_collections import TINY_VIT, save_tiny_model
 
-BUNDLED_V4_FINGERPRINT = "f481dcc25eb1b65b2d22f46050eb9f2a830f09d74601d8df522fa36c0c0a47fc"
+BUNDLED_V5_FINGERPRINT = "3a20b428cd21ea52ac8ebe0d980c1c0098ea3f1a463c72b87633454243690b60"
 
 
 def plain_vit_tensors(*, width: int = 192, patch_size: int = 8, grid: int = 4) -> dict[str, NDArray[Any]]:
@@ -45,9 +45,9 @@ def description(**changed: Any) -> str:
 
 def test_bundled_is_a_version_that_is_there() -> None:
     spec = resolve_model()
-    assert spec.name == "bundled_v4"
+    assert spec.name == "bundled_v5"
     assert spec.weights_path.is_file()
-    assert spec == resolve_model("bundled") == resolve_model("bundled_v4")
+    assert spec == resolve_model("bundled") == resolve_model("bundled_v5")
 
 
 def test_resolving_and_fingerprinting_load_no_torch() -> None:
@@ -308,7 +308,7 @@ def test_the_fingerprint_follows_one_changed_weight(tmp_path: Path) -> None:
 
 def test_the_fingerprint_of_the_bundled_model_is_what_collections_have_stored() -> None:
     # Another value would refuse every collection that exists: then the version in the model's name must grow too.
-    assert resolve_model().fingerprint == BUNDLED_V4_FINGERPRINT
+    assert resolve_model().fingerprint == BUNDLED_V5_FINGERPRINT
 
 
 def test_a_spec_survives_being_stored(tmp_path: Path) -> None:

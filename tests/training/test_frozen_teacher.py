@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_stops_with_an_error_and_a_call_with_space_goes_on(
 
 
 def test_the_bundled_backbone_is_taken_as_it_is(tmp_path: Path) -> None:
-    for name in ("bundled", "bundled_v4"):
+    for name in ("bundled", "bundled_v5"):
         assert prepare_teacher(name, tmp_path / "teacher") == resolve_model().weights_path
     assert not (tmp_path / "teacher").exists()
 
