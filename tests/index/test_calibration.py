@@ -80,7 +80,10 @@ def test_the_threshold_is_where_the_precision_is_reached() -> None:
 
 
 def test_a_larger_collection_asks_for_a_higher_score_and_one_of_fewer_than_100_for_no_lower() -> None:
-    thresholds = [CALIBRATION.threshold(0.99, num_references=n * NUM_REFERENCES) for n in (0.5, 1, 100)]
+    thresholds = [
+        CALIBRATION.threshold(0.99, num_references=n)
+        for n in (NUM_REFERENCES // 2, NUM_REFERENCES, 100 * NUM_REFERENCES)
+    ]
     assert thresholds[0] < thresholds[1] < thresholds[2]
     assert CALIBRATION.threshold(0.99, num_references=10) == CALIBRATION.threshold(0.99, num_references=100)
 
