@@ -22,10 +22,13 @@ from dino_index.copy_descriptors import CopyDescriptor, shipped_descriptor
 from dino_index.copy_settings import add_whitening, latest_whitening
 from dino_index.copy_vectors import load_copy_vectors
 from dino_index.errors import CatalogError
-from dino_index.score_normalisation import MAX_BACKGROUND, MIN_OWN_BACKGROUND
+from dino_index.score_normalisation import MAX_BACKGROUND
 from dino_index.whitening import MIN_IMAGES_PER_DIMENSION, fit_whitening
 
 logger = logging.getLogger(__name__)
+
+MIN_OWN_BACKGROUND = 100
+"""A collection with fewer different images says too little about what queries will look like."""
 
 
 def copy_descriptor(

@@ -25,8 +25,6 @@ _NUM_PASSED_OVER = 2
 _NUM_NEAREST = 10
 # Below this many the nearest of the background are not near.
 MIN_BACKGROUND = 64
-MIN_OWN_BACKGROUND = 100
-"""A collection with fewer different images says too little about what queries will look like."""
 _MEAN_RANK = _NUM_PASSED_OVER + (_NUM_NEAREST + 1) / 2
 
 

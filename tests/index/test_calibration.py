@@ -79,19 +79,10 @@ def test_the_threshold_is_where_the_precision_is_reached() -> None:
     assert CALIBRATION.precision(threshold - 0.2, num_references=NUM_REFERENCES) < 0.95
 
 
-def test_a_larger_collection_asks_for_a_higher_score_and_one_of_fewer_than_100_for_no_lower() -> None:
-    thresholds = [
-        CALIBRATION.threshold(0.99, num_references=n)
-        for n in (NUM_REFERENCES // 2, NUM_REFERENCES, 100 * NUM_REFERENCES)
-    ]
-    assert thresholds[0] < thresholds[1] < thresholds[2]
-    assert CALIBRATION.threshold(0.99, num_references=10) == CALIBRATION.threshold(0.99, num_references=100)
-
-
-def test_twice_the_references_are_twice_the_false_pairs() -> None:
-    score = CALIBRATION.threshold(0.9, num_references=NUM_REFERENCES)
-    of_true, twice = (1 / CALIBRATION.precision(score, num_references=n * NUM_REFERENCES) - 1 for n in (1, 2))
-    assert twice == pytest.approx(2 * of_true, rel=0.02)
+def test_a_larger_collection_asks_for_a_higher_score_and_a_smaller_one_for_no_lower() -> None:
+    seen = CALIBRATION.threshold(0.99, num_references=NUM_REFERENCES)
+    assert CALIBRATION.threshold(0.99, num_references=100 * NUM_REFERENCES) > seen
+    assert CALIBRATION.threshold(0.99, num_references=10) == seen
 
 
 def test_where_copies_cannot_be_told_nothing_is_called_one() -> None:

@@ -14,11 +14,10 @@ from dino_index.collections import CollectionInfo, find_collection
 from dino_index.copy_descriptors import CopyDescriptor
 from dino_index.copy_settings import latest_whitening
 from dino_index.copy_vectors import load_copy_vectors
-from dino_index.descriptor_learning import copy_descriptor
+from dino_index.descriptor_learning import MIN_OWN_BACKGROUND, copy_descriptor
 from dino_index.model_files import resolve_model
 from dino_index.reference_regions import embed_regions, load_region_vectors
 from dino_index.regions import region_boxes
-from dino_index.score_normalisation import MIN_OWN_BACKGROUND
 from sample_collections import TINY_DIM, index_files, write_pictures
 
 pytestmark = pytest.mark.usefixtures("database")
