@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -66,6 +67,11 @@ class Running:
     def stderr(self) -> str:
         """What it has written there up to now."""
         return self._stderr.read_text("utf-8") if self._stderr.exists() else ""
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Returns when the condition holds or the command has ended."""
+        while not condition() and self.is_alive():
+            time.sleep(0.002)
 
     def wait(self, timeout_s: float = 120) -> Finished:
         self._process.join(timeout_s)

@@ -18,7 +18,7 @@ from PIL import Image
 import sabotage
 from dino_training import load_recipe
 from dino_training.checkpoints import list_checkpoints, load_checkpoint
-from forked_commands import CommandLine, Finished, Running
+from forked_commands import CommandLine, Finished
 from sample_collections import save_tiny_model, write_pictures
 from small_disks import fill, mounted
 from tiny_runs import (
@@ -84,11 +84,6 @@ def fail_in_one_line(done: Finished, *words: str) -> None:
 def num_steps_logged(run: Path) -> int:
     log = run / "metrics.jsonl"
     return log.read_text("utf-8").count('{"event": "step"') if log.exists() else 0
-
-
-def wait_until(condition: Callable[[], object], running: Running) -> None:
-    while not condition() and running.is_alive():
-        time.sleep(0.002)
 
 
 # --- what a run leaves
@@ -322,7 +317,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_with_resume(
 ) -> None:
     run = tmp_path / "run"
     running = dino_search.start(*long.pretrain(run, "--set", "save_every_minutes=60"), prepare=without_pictures())
-    wait_until(lambda: num_steps_logged(run) >= 5, running)
+    running.wait_until(lambda: num_steps_logged(run) >= 5)
     running.send(number)
     done = running.wait()
     assert done.exit_code == exit_code, done
@@ -345,9 +340,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_stays(
     run = tmp_path / "run"
     hang = without_pictures(partial(sabotage.hang_in_training, 4))
     running = dino_search.start(*long.pretrain(run), prepare=hang)
-    wait_until(lambda: (run / "checkpoints" / "step-00000003.pt").exists(), running)
+    running.wait_until(lambda: (run / "checkpoints" / "step-00000003.pt").exists())
     running.send(signal.SIGTERM)
-    wait_until(lambda: "stopping after this step" in running.stderr(), running)
+    running.wait_until(lambda: "stopping after this step" in running.stderr())
     running.send(signal.SIGTERM)
     done = running.wait(timeout_s=30)
     assert (done.exit_code, done.stdout) == (143, ""), done
@@ -389,7 +384,7 @@ def survives_a_kill(
     run = tmp_path / "run"
     target, delay_s = int((number + 0.5) / num_kills * 36), rng.uniform(0, 0.03)
     running = dino_search.start(*long.pretrain(run), prepare=without_pictures())
-    wait_until(lambda: num_steps_logged(run) >= target, running)
+    running.wait_until(lambda: num_steps_logged(run) >= target)
     time.sleep(delay_s)
     running.send(signal.SIGKILL)
     done = running.wait()

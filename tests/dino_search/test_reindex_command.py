@@ -111,8 +111,7 @@ def is_as_if_made_with_the_new_model(dino_search: CommandLine, shelf: Shelf, hom
 
 
 def wait_until_embedded(running: Running, home: Path, number: int) -> None:
-    while num_embedded(home) < number and running.is_alive():
-        time.sleep(0.002)
+    running.wait_until(lambda: num_embedded(home) >= number)
 
 
 # --- answers
@@ -225,7 +224,7 @@ def test_a_signal_stops_after_the_batch_and_the_next_run_goes_on(
     running = dino_search.start(*shelf.reindex(), prepare=partial(sabotage.hang_in_forward_pass, 24))
     wait_until_embedded(running, filled_home, 60)
     running.send(signal.SIGTERM)
-    time.sleep(0.2)
+    running.wait_until(lambda: "stopping after this batch" in running.stderr())
     running.send(signal.SIGTERM)
     done = running.wait(timeout_s=20)
     assert done.exit_code == 143, done

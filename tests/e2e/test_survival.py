@@ -156,12 +156,6 @@ def num_recorded(home: Path) -> int:
         return 0
 
 
-def wait_until(condition: Callable[[], object], running: Running) -> None:
-    """Returns when the condition holds or the command has ended."""
-    while not condition() and running.is_alive():
-        time.sleep(0.002)
-
-
 def fail_in_one_line(done: Finished, *words: str) -> None:
     """Asserts that a command ended as expected failures do: exit 1, nothing on stdout, one line that says why."""
     assert (done.exit_code, done.stdout) == (1, ""), done
@@ -200,7 +194,7 @@ def kill_sometime(running: Running, home: Path, number: int, num_kills: int, num
         target, delay_s = int((frac - 0.1) / 0.8 * num_images) + 1, rng.uniform(0, 0.03)
     else:
         target, delay_s = num_images, rng.uniform(0, 0.06)
-    wait_until(lambda: num_recorded(home) >= target, running)
+    running.wait_until(lambda: num_recorded(home) >= target)
     time.sleep(delay_s)
     running.send(signal.SIGKILL)
     done = running.wait()
@@ -258,7 +252,7 @@ def test_a_run_killed_again_and_again_comes_to_its_end(photos: Photos, dino_sear
     while num_kills < 15:
         running = dino_search.start(*photos.index(), prepare=sabotage.write_snapshots_early)
         target = num_recorded(home) + rng.randrange(2, 40)
-        wait_until(lambda target=target: num_recorded(home) >= target, running)  # type: ignore[misc]
+        running.wait_until(lambda target=target: num_recorded(home) >= target)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.02))
         running.send(signal.SIGKILL)
         if running.wait().exit_code == 0:
@@ -278,7 +272,7 @@ def test_a_signal_stops_after_the_batch_and_the_next_run_goes_on(
     photos: Photos, dino_search: CommandLine, home: Path, number: signal.Signals, exit_code: int
 ) -> None:
     running = dino_search.start(*photos.index())
-    wait_until(lambda: num_recorded(home) >= 30, running)
+    running.wait_until(lambda: num_recorded(home) >= 30)
     running.send(number)
     done = running.wait()
     assert done.exit_code == exit_code, done
@@ -301,9 +295,9 @@ def test_a_second_signal_stops_at_once(
     photos: Photos, dino_search: CommandLine, home: Path, number: signal.Signals
 ) -> None:
     running = dino_search.start(*photos.index(), prepare=partial(sabotage.hang_in_forward_pass, 30))
-    wait_until(lambda: num_recorded(home) >= 20, running)
+    running.wait_until(lambda: num_recorded(home) >= 20)
     running.send(number)
-    wait_until(lambda: "stopping after this batch" in running.stderr(), running)
+    running.wait_until(lambda: "stopping after this batch" in running.stderr())
     assert running.is_alive(), running.stderr()
     running.send(number)
     done = running.wait(timeout_s=20)
@@ -450,7 +444,7 @@ def test_a_killed_runs_home_on_a_read_only_medium_shows_what_was_recorded_or_say
 ) -> None:
     home = mount("size=16m")
     running = dino_search.start(*photos.index("--home", home))
-    wait_until(lambda: num_recorded(home) >= 100, running)
+    running.wait_until(lambda: num_recorded(home) >= 100)
     running.send(signal.SIGKILL)
     running.wait()
     recorded = state_of(shutil.copytree(home, tmp_path / "copy"))
@@ -693,7 +687,7 @@ def test_an_interrupted_snapshot_writer_cleans_up(photos: Photos, dino_search: C
     expected = found(dino_search, photos.query)
     running = dino_search.start("compact", prepare=sabotage.hang_in_the_middle_of_a_snapshot)
     # Not the copy of the vectors that it makes first, `*.partial` too.
-    wait_until(lambda: any(path.stat().st_size for path in filled_home.rglob("flat-*.partial")), running)
+    running.wait_until(lambda: any(path.stat().st_size for path in filled_home.rglob("flat-*.partial")))
     running.send(signal.SIGINT)
     done = running.wait(timeout_s=20)
     assert (done.exit_code, done.stdout) == (130, ""), done
@@ -786,7 +780,7 @@ def test_files_deleted_during_a_run_stop_nothing(
     folder = shutil.copytree(photos.folder, tmp_path / "pictures", symlinks=True)
     files = sorted(path for path in folder.rglob("*.jpg") if not path.is_symlink())
     running = dino_search.start("index", folder, "--model", photos.model, "--batch-size", 4, "--json")
-    wait_until(lambda: num_recorded(home) >= 20, running)
+    running.wait_until(lambda: num_recorded(home) >= 20)
 
     def delete_from_the_end() -> None:
         for path in reversed(files[len(files) // 3 :]):

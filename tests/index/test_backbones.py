@@ -249,9 +249,7 @@ def test_bfloat16_agrees_with_float32(bundled: Backbone) -> None:
         exact, rough = (wide / np.linalg.norm(wide, axis=1, keepdims=True)
                         for wide in (exact_ND.astype(np.float32), fast_ND.astype(np.float32)))  # fmt: skip
         assert (exact * rough).sum(1).min() > 0.999
-        off_diagonal = np.eye(len(pixels)) * 9
-        nearest = (exact @ exact.T - off_diagonal).argmax(1)
-        np.testing.assert_array_equal((rough @ rough.T - off_diagonal).argmax(1), nearest)
+        np.testing.assert_allclose(rough @ rough.T, exact @ exact.T, atol=0.002)
 
 
 # --- input size

@@ -208,8 +208,8 @@ def test_attention_is_plain_where_its_weights_stay_in_the_cache(
 
 
 def test_plain_and_fused_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = squares(4, 128)
     plain = Backbone(resolve_model(), device="cpu", dtype=torch.bfloat16)
+    pixels = squares(4, plain.spec.input_size)
     monkeypatch.setattr(backbones, "_choose_attention", lambda *_: None)
     fused = Backbone(resolve_model(), device="cpu", dtype=torch.bfloat16)
     assert set(attention_of(plain)) == {False}
