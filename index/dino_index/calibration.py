@@ -99,7 +99,7 @@ class Calibration:
     def _precisions(self, num_references: int, match_share: float) -> NDArray[np.float64]:
         if not 0 < match_share <= 1:
             raise ValueError(f"match_share must be above 0 and up to 1, found {match_share}")
-        # Not below what was seen: of 600 photographs, queries had as many false pairs as of 1,450.
+        # Not below what was seen: of 600 photographs, queries have about as many false pairs as of 1,450.
         growth = max(1.0, num_references / self.num_references)
         true_S = match_share * np.array(self.found_S)
         precisions_S = true_S / np.maximum(true_S + growth * np.array(self.false_pairs_S), 1e-12)
